@@ -1,0 +1,1 @@
+"""Across the PyTorch border: checkpoints in, safetensors out."""

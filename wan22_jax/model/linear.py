@@ -1,0 +1,79 @@
+"""The layers the networks share; each computes in the dtype of its input.
+
+A parameter may be stored in another dtype (float32 master, bfloat16 base): it is cast where it is
+used, so a float32 input means float32 arithmetic and a bfloat16 input means bfloat16 matmuls.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wan22_jax.model.lora import LoRAParam, init_lora
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, plus (alpha / rank) * x A^T B^T when an adapter is attached."""
+
+    def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs, bias: bool = True):
+        bound = math.sqrt(6 / (num_in + num_out))  # Xavier uniform, as the original initialises
+        self.weight = nnx.Param(
+            jax.random.uniform(rngs.params(), (num_out, num_in), jnp.float32, -bound, bound)
+        )
+        self.bias = nnx.Param(jnp.zeros((num_out,))) if bias else None
+        self.lora_A: LoRAParam | None = nnx.data(None)
+        self.lora_B: LoRAParam | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def add_lora(
+        self, key: jax.Array, *, rank: int, alpha: float, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        """Attaches an adapter; B starts at zero, so the layer's output does not change."""
+        self.lora_A, self.lora_B = init_lora(key, self.weight.shape, rank=rank, dtype=dtype)
+        self.lora_scale = alpha / rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., in] to [..., out] in x's dtype."""
+        y = x @ self.weight[...].astype(x.dtype).T
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_A is not None and self.lora_B is not None:
+            low_rank = x @ self.lora_A[...].astype(x.dtype).T
+            y = y + self.lora_scale * (low_rank @ self.lora_B[...].astype(x.dtype).T)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with weight and bias; statistics and result in float32."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((dim,)))
+        self.bias = nnx.Param(jnp.zeros((dim,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float32; the caller casts."""
+        return layer_norm(x, eps=self.eps) * self.weight[...] + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), cast back to x's dtype, times weight."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((dim,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keeps x's dtype; statistics in float32."""
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, *, eps: float) -> jax.Array:
+    """Normalises the last axis without weights; computed and returned in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)

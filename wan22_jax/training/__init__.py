@@ -1,0 +1,1 @@
+"""The optimizer, the train step and what it reports."""
