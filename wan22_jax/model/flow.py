@@ -20,7 +20,7 @@ def shift_sigma(sigma: np.ndarray, *, shift: float) -> np.ndarray:
 
 
 def flux_shift(num_tokens_per_frame: int) -> float:
-    """The shift that grows with the picture: e^mu, mu linear from 0.5 at 256 tokens to 1.15 at 4096."""
+    """Returns e^mu; mu is linear in the tokens of a frame: 0.5 at 256, 1.15 at 4096."""
     return float(np.exp(0.5 + (num_tokens_per_frame - 256) * (1.15 - 0.5) / (4096 - 256)))
 
 

@@ -5,7 +5,6 @@ first, and each axis has its own exponent scale (spec 1.4). Angles are made in f
 and rounded once to float32.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float

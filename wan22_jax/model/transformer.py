@@ -257,14 +257,14 @@ def sinusoid(timestep_BT: Float[Array, "B T"], freq_dim: int) -> Float[Array, "B
 
 
 def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift with one scale and shift per latent frame."""
+    """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
     x_BTPD = _by_frame(x_BLD, scale_BTD)
     x_BTPD = x_BTPD * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
     return x_BTPD.reshape(x_BLD.shape)
 
 
 def add_gated(x_BLD: jax.Array, y_BLD: jax.Array, gate_BTD: jax.Array) -> jax.Array:
-    """x + gate y, summed in float32, in x's dtype."""
+    """Returns x + gate y, summed in float32, in x's dtype."""
     y_BTPD = _by_frame(y_BLD, gate_BTD).astype(jnp.float32) * gate_BTD[:, :, None]
     return (x_BLD.astype(jnp.float32) + y_BTPD.reshape(x_BLD.shape)).astype(x_BLD.dtype)
 
