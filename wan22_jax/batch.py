@@ -1,4 +1,4 @@
-"""What travels from the cache to the train step: the last stop on the host, the first on a device."""
+"""What travels from the cache to the train step."""
 
 from typing import NamedTuple
 

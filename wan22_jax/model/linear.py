@@ -35,13 +35,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
-        y = x @ self.weight[...].astype(x.dtype).T
+        y = _matmul(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_A is not None and self.lora_B is not None:
-            low_rank = x @ self.lora_A[...].astype(x.dtype).T
-            y = y + self.lora_scale * (low_rank @ self.lora_B[...].astype(x.dtype).T)
+            y = y + self.lora_scale * _matmul(_matmul(x, self.lora_A[...]), self.lora_B[...])
         return y
+
+
+def _matmul(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    # HIGHEST: float32 means float32 on a GPU too, not TF32; 16-bit operands are not affected.
+    return jnp.matmul(x, weight_OI.astype(x.dtype).T, precision=jax.lax.Precision.HIGHEST)
 
 
 class LayerNorm(nnx.Module):

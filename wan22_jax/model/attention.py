@@ -1,0 +1,38 @@
+"""Attention: softmax(q k^T / sqrt(K)) v, by the fastest implementation that is exact here."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+log = logging.getLogger(__name__)
+
+
+def attend(
+    q_BLHK: Float[Array, "B L H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    v_BSHK: Float[Array, "B S H K"],
+) -> Float[Array, "B L H K"]:
+    """Attends without a mask; the softmax is in float32, the result in q's dtype.
+
+    cuDNN's fused kernel on NVIDIA GPUs for 16-bit inputs; elsewhere XLA, in float32, which holds
+    the L x S matrix.
+    """
+    if attention_backend(jax.default_backend(), q_BLHK.dtype.name, q_BLHK.shape[-1]) == "cudnn":
+        return jax.nn.dot_product_attention(q_BLHK, k_BSHK, v_BSHK, implementation="cudnn")
+    q_BLHK32, k_BSHK32, v_BSHK32 = (x.astype(jnp.float32) for x in (q_BLHK, k_BSHK, v_BSHK))
+    with jax.default_matmul_precision("highest"):
+        out_BLHK = jax.nn.dot_product_attention(q_BLHK32, k_BSHK32, v_BSHK32, implementation="xla")
+    return out_BLHK.astype(q_BLHK.dtype)
+
+
+@functools.cache
+def attention_backend(platform: str, dtype: str, head_dim: int) -> str:
+    """Chooses "cudnn" or "xla", and says so once for each combination."""
+    fused = platform == "gpu" and dtype in ("bfloat16", "float16")
+    fused = fused and head_dim % 8 == 0 and head_dim <= 128
+    backend = "cudnn" if fused else "xla"
+    log.info("attention: %s (%s, %s, head dim %d)", backend, platform, dtype, head_dim)
+    return backend

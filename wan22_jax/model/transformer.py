@@ -1,0 +1,289 @@
+"""The Wan2.2 TI2V-5B transformer: noisy latents, noise level per frame and text to velocity.
+
+Follows the official implementation (spec, section 1). The time embedding, the modulation, all
+norm statistics and the head are float32 whatever the weights are; the matmuls of the blocks and
+attention run in the dtype of the weights; the residual stream has the weights' dtype (training,
+as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from wan22_jax.model.attention import attend
+from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, layer_norm
+from wan22_jax.model.rope import apply_rope, rope_angles
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the transformer; the defaults are the ones that all TI2V models share."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 48
+    out_channels: int = 48
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+
+TI2V_5B = TransformerConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
+
+
+class WanTransformer(nnx.Module):
+    """Predicts the velocity noise - data; one network for text- and image-to-video."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        if config.patch_size[0] != 1:
+            raise ValueError(f"patch_size {config.patch_size}: one latent frame a token expected")
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.text_embedding = nnx.Dict(
+            {"0": Linear(config.text_dim, dim, rngs=rngs), "2": Linear(dim, dim, rngs=rngs)}
+        )
+        self.time_embedding = nnx.Dict(
+            {"0": Linear(config.freq_dim, dim, rngs=rngs), "2": Linear(dim, dim, rngs=rngs)}
+        )
+        self.time_projection = nnx.Dict({"1": Linear(dim, 6 * dim, rngs=rngs)})
+        self.blocks = _stack_blocks(config, rngs)
+        self.head = Head(config, rngs=rngs)
+
+    def __call__(
+        self,
+        latents_BTYXC: Float[Array, "B T Y X C"],
+        sigma_BT: Float[Array, "B T"],
+        text_BSE: Float[Array, "B S E"],
+        *,
+        float32_residual: bool = False,
+        remat: bool = False,
+    ) -> Float[Array, "B T Y X C"]:
+        """Predicts the velocity, float32.
+
+        Args:
+            latents_BTYXC: noisy normalised latents; rows and columns even.
+            sigma_BT: noise level of each latent frame in [0, 1]; 0 marks a given, clean frame.
+            text_BSE: text embeddings, S <= text_len; zero rows are appended here, never masked.
+            float32_residual: keep the residual stream in float32 in a 16-bit model.
+            remat: recompute each block in the backward pass instead of keeping its activations.
+
+        Raises:
+            ValueError: rows or columns are odd, or the text is longer than text_len.
+        """
+        config = self.config
+        num_text = text_BSE.shape[1]
+        if num_text > config.text_len:
+            raise ValueError(f"text has {num_text} tokens, at most {config.text_len} are allowed")
+        dtype = self.patch_embedding.weight.dtype
+        x_BLD, grid_TYX = self.patch_embedding(latents_BTYXC.astype(dtype))
+        text_BSD = self._embed_text(text_BSE.astype(dtype))
+        time_BTD, time_BTMD = self._embed_time(sigma_BT)
+        rope = rope_angles(grid_TYX, config.dim // config.num_heads)
+
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run_block(x_BLD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x_BLD, time_BTMD, text_BSD, rope), None
+
+        if remat:
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        x_BLD = x_BLD.astype(jnp.float32) if float32_residual else x_BLD
+        x_BLD, _ = jax.lax.scan(run_block, x_BLD, layers)
+        return self.head(x_BLD, time_BTD, grid_TYX)
+
+    def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
+        # The zero rows go through the MLP and become a constant that every query attends to.
+        padding = self.config.text_len - text_BSE.shape[1]
+        text_BSE = jnp.pad(text_BSE, ((0, 0), (0, padding), (0, 0)))
+        hidden_BSD = jax.nn.gelu(self.text_embedding["0"](text_BSE), approximate=True)
+        return self.text_embedding["2"](hidden_BSD)
+
+    def _embed_time(self, sigma_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        timestep_BT = 1000 * sigma_BT.astype(jnp.float32)
+        wave_BTF = sinusoid(timestep_BT, self.config.freq_dim)
+        time_BTD = self.time_embedding["2"](jax.nn.silu(self.time_embedding["0"](wave_BTF)))
+        time_BT6D = self.time_projection["1"](jax.nn.silu(time_BTD))
+        return time_BTD, time_BT6D.reshape(*sigma_BT.shape, 6, self.config.dim)
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel, written as one matmul."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        shape = (config.dim, config.in_channels, *config.patch_size)
+        bound = np.sqrt(6 / (config.dim + np.prod(shape[1:])))
+        self.weight = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        )
+        self.bias = nnx.Param(jnp.zeros((config.dim,)))
+
+    def __call__(self, latents_BTYXC: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
+        """Returns tokens [B, L, D] and their grid (frames, rows, columns)."""
+        B, T, Y, X, C = latents_BTYXC.shape
+        dim, _, _, rows, columns = self.weight.shape
+        if Y % rows or X % columns:
+            raise ValueError(f"latent rows {Y} and columns {X} must be multiples of {rows}")
+        grid_TYX = (T, Y // rows, X // columns)
+        cells = latents_BTYXC.reshape(B, T, Y // rows, rows, X // columns, columns, C)
+        cells = cells.transpose(0, 1, 2, 4, 6, 3, 5)  # channel, row and column of the cell last
+        flat_BLP = cells.reshape(B, int(np.prod(grid_TYX)), C * rows * columns)
+        weight_DP = self.weight[...].reshape(dim, -1).astype(flat_BLP.dtype)
+        x_BLD = jnp.dot(flat_BLP, weight_DP.T, precision=jax.lax.Precision.HIGHEST)
+        return x_BLD + self.bias[...].astype(flat_BLP.dtype), grid_TYX
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (1, 6, config.dim)) / np.sqrt(config.dim)
+        )
+        self.self_attn = Attention(config, rngs=rngs)
+        self.norm3 = LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = Attention(config, rngs=rngs)
+        self.ffn = nnx.Dict(
+            {
+                "0": Linear(config.dim, config.ffn_dim, rngs=rngs),
+                "2": Linear(config.ffn_dim, config.dim, rngs=rngs),
+            }
+        )
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        time_BTMD: jax.Array,
+        text_BSD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        """Returns the residual stream in its own dtype; branches compute in the text's dtype."""
+        dtype = text_BSD.dtype
+        modulation_BTMD = self.modulation[...].astype(jnp.float32)[None] + time_BTMD
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation_BTMD[:, :, m] for m in range(6))
+        y_BLD = modulate(layer_norm(x_BLD, eps=self.eps), shift1, scale1).astype(dtype)
+        x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, rope), gate1)
+        y_BLD = self.norm3(x_BLD).astype(dtype)
+        x_BLD = x_BLD + self.cross_attn(y_BLD, text_BSD, None).astype(x_BLD.dtype)
+        y_BLD = modulate(layer_norm(x_BLD, eps=self.eps), shift2, scale2).astype(dtype)
+        y_BLD = self.ffn["2"](jax.nn.gelu(self.ffn["0"](y_BLD), approximate=True))
+        return add_gated(x_BLD, y_BLD, gate2)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose q and k are RMS-normalised over the full width."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q = Linear(dim, dim, rngs=rngs)
+        self.k = Linear(dim, dim, rngs=rngs)
+        self.v = Linear(dim, dim, rngs=rngs)
+        self.o = Linear(dim, dim, rngs=rngs)
+        self.norm_q = RMSNorm(dim, eps=config.eps)
+        self.norm_k = RMSNorm(dim, eps=config.eps)
+
+    def __call__(
+        self, x_BLD: jax.Array, source_BSD: jax.Array, rope: tuple[jax.Array, jax.Array] | None
+    ) -> jax.Array:
+        """Attends from x to the source; rotates q and k if angles are given."""
+        q_BLHK = self._split_heads(self.norm_q(self.q(x_BLD)))
+        k_BSHK = self._split_heads(self.norm_k(self.k(source_BSD)))
+        v_BSHK = self._split_heads(self.v(source_BSD))
+        if rope is not None:
+            q_BLHK, k_BSHK = apply_rope(q_BLHK, *rope), apply_rope(k_BSHK, *rope)
+        return self.o(attend(q_BLHK, k_BSHK, v_BSHK).reshape(x_BLD.shape))
+
+    def _split_heads(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
+
+
+class Head(nnx.Module):
+    """Final norm, modulation and projection; float32 throughout."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (1, 2, config.dim)) / np.sqrt(config.dim)
+        )
+        self.head = Linear(
+            config.dim, config.out_channels * int(np.prod(config.patch_size)), rngs=rngs
+        )
+
+    def __call__(
+        self, x_BLD: jax.Array, time_BTD: jax.Array, grid_TYX: tuple[int, int, int]
+    ) -> jax.Array:
+        """Returns [B, T, Y, X, C]; within a token the channel is last, after row and column."""
+        B = x_BLD.shape[0]
+        T, Y, X = grid_TYX
+        _, rows, columns = self.config.patch_size
+        modulation_BT2D = self.modulation[...].astype(jnp.float32)[None] + time_BTD[:, :, None]
+        shift_BTD, scale_BTD = modulation_BT2D[:, :, 0], modulation_BT2D[:, :, 1]
+        x_BLD = modulate(layer_norm(x_BLD, eps=self.config.eps), shift_BTD, scale_BTD)
+        cells = self.head(x_BLD).reshape(B, T, Y, X, rows, columns, self.config.out_channels)
+        cells = cells.transpose(0, 1, 2, 4, 3, 5, 6)
+        return cells.reshape(B, T, Y * rows, X * columns, self.config.out_channels)
+
+
+def sinusoid(timestep_BT: Float[Array, "B T"], freq_dim: int) -> Float[Array, "B T F"]:
+    """Embeds timesteps in 0..1000: cosines first, then sines, frequency 10000^(-2k / freq_dim).
+
+    The original takes the angle in float64. Here the turns are reduced to [-1/2, 1/2] from exact
+    float32 partial products, so that an angle of a thousand radians keeps 1e-6.
+    """
+    half = freq_dim // 2
+    turns = 10000.0 ** (-np.arange(half) / half) / (2 * np.pi)
+    turn_BTF = jnp.zeros((*timestep_BT.shape, half))
+    coarse_BT = jnp.round(timestep_BT)  # <= 1000, so 10 bits: its products below are exact
+    fine_BT = timestep_BT - coarse_BT
+    rest = turns
+    for _ in range(3):
+        part = _keep_bits(rest, 12)
+        rest = rest - part
+        product_BTF = coarse_BT[..., None] * jnp.asarray(part, jnp.float32)[None, None]
+        turn_BTF += product_BTF - jnp.round(product_BTF)
+    turn_BTF += fine_BT[..., None] * jnp.asarray(turns, jnp.float32)[None, None]
+    angle_BTF = 2 * np.pi * (turn_BTF - jnp.round(turn_BTF))
+    return jnp.concatenate([jnp.cos(angle_BTF), jnp.sin(angle_BTF)], axis=-1)
+
+
+def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
+    """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
+    x_BTPD = _by_frame(x_BLD, scale_BTD)
+    x_BTPD = x_BTPD * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+    return x_BTPD.reshape(x_BLD.shape)
+
+
+def add_gated(x_BLD: jax.Array, y_BLD: jax.Array, gate_BTD: jax.Array) -> jax.Array:
+    """Returns x + gate y, summed in float32, in x's dtype."""
+    y_BTPD = _by_frame(y_BLD, gate_BTD).astype(jnp.float32) * gate_BTD[:, :, None]
+    return (x_BLD.astype(jnp.float32) + y_BTPD.reshape(x_BLD.shape)).astype(x_BLD.dtype)
+
+
+def _by_frame(x_BLD: jax.Array, frames_BTD: jax.Array) -> jax.Array:
+    B, T, D = frames_BTD.shape
+    return x_BLD.reshape(B, T, -1, D)
+
+
+def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:
+    """Rounds float64 to a mantissa of so many bits."""
+    mantissa, exponent = np.frexp(value)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def _stack_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return make(rngs)
