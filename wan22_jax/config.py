@@ -1,0 +1,376 @@
+"""The TOML schema: diffusion-pipe's key names, checked strictly.
+
+``load_config`` reads the main file and ``load_dataset`` the dataset file. An unknown key is an
+error that names the nearest known one; a known key whose machinery this version lacks is an error
+that says so, unless it asks for what happens anyway.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from wan22_jax.errors import BadInput
+
+Number = int | float
+Dtype = Literal["bfloat16", "float32"]
+
+
+class Table(BaseModel):
+    """One TOML table: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Table):
+    """The ``[model]`` table: which weights, in which precision, and how noise levels are drawn."""
+
+    type: Literal["wan"] = "wan"
+    ckpt_path: str
+    dtype: Dtype = "bfloat16"
+    transformer_dtype: Literal["bfloat16", "float32", "float8", "float8_e5m2"] | None = None
+    timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
+    sigmoid_scale: float = Field(1.0, gt=0)
+    shift: float | None = Field(None, ge=0)
+    flux_shift: bool = False
+    min_t: float = Field(0.0, ge=0, lt=1)
+    max_t: float = Field(1.0, gt=0, le=1)
+    transformer_path: str | None = None
+    llm_path: str | None = None
+    cache_text_embeddings: bool = True
+    text_encoder_fp8: bool = False
+
+
+class AdapterConfig(Table):
+    """The ``[adapter]`` table. ``dtype``: the adapter's matmuls and the exported file.
+
+    The trained copy is float32 whatever ``dtype`` says: bfloat16 loses small updates.
+    """
+
+    type: Literal["lora", "lokr"] = "lora"
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dtype: Dtype = "bfloat16"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    exclude_modules: list[str] = []
+    init_from_existing: str | None = None
+
+
+class OptimizerConfig(Table):
+    """The ``[optimizer]`` table; both names mean AdamW on float32 masters."""
+
+    type: str = "adamw"
+    lr: float | None = Field(default=None, gt=0)
+    betas: list[float] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
+    weight_decay: float = Field(default=0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class TrainConfig(Table):
+    """The main file."""
+
+    output_dir: str
+    dataset: str
+    model: ModelConfig
+    adapter: AdapterConfig | None = None
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    epochs: int = Field(ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    micro_batch_size_per_gpu: int | list[list[int]] = 1
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_clipping: float = Field(1.0, ge=0)
+    lr: float | None = Field(None, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
+    i2v_fraction: float = Field(0.2, ge=0, le=1)
+    activation_checkpointing: bool | Literal["unsloth"] = False
+    blocks_to_swap: int = Field(0, ge=0)
+    save_every_n_steps: int | None = Field(None, ge=1)
+    save_every_n_epochs: int | None = Field(None, ge=1)
+    checkpoint_every_n_steps: int | None = Field(None, ge=1)
+    checkpoint_every_n_epochs: int | None = Field(None, ge=1)
+    checkpoint_every_n_minutes: float | None = Field(None, gt=0)
+    resume_from_checkpoint: bool | str = False
+    logging_steps: int = Field(1, ge=1)
+    # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
+    image_micro_batch_size_per_gpu: Any = None
+    eval_micro_batch_size_per_gpu: Any = None
+    eval_image_micro_batch_size_per_gpu: Any = None
+    eval_gradient_accumulation_steps: Any = None
+    eval_datasets: Any = None
+    eval_every_n_epochs: Any = None
+    eval_every_n_steps: Any = None
+    eval_every_n_examples: Any = None
+    eval_before_first_step: Any = None
+    disable_block_swap_for_eval: Any = None
+    save_every_n_examples: Any = None
+    save_dtype: Any = None
+    lr_scheduler: Any = None
+    force_constant_lr: Any = None
+    huber_delta: Any = None
+    smooth_l1_beta: Any = None
+    pseudo_huber_c: Any = None
+    uncond_fraction: Any = None
+    x_axis_examples: Any = None
+    steps_per_print: Any = None
+    monitoring: Any = None
+    video_clip_mode: Any = None
+    caching_batch_size: Any = None
+    map_num_proc: Any = None
+    compile: Any = None
+    pipeline_stages: Any = None
+    partition_method: Any = None
+    partition_split: Any = None
+    reentrant_activation_checkpointing: Any = None
+
+    @property
+    def learning_rate(self) -> float:
+        """``[optimizer] lr``, or the top-level ``lr``, or diffusion-pipe's example value."""
+        return self.optimizer.lr or self.lr or 2e-5
+
+    @property
+    def transformer_dtype(self) -> str:
+        """The dtype of the frozen weights."""
+        return self.model.transformer_dtype or self.model.dtype
+
+
+class DirectoryConfig(Table):
+    """One ``[[directory]]`` of clips; what it leaves out comes from the top of the file."""
+
+    path: str
+    num_repeats: Number = Field(1, gt=0)
+    resolutions: list[Number | list[Number]] | None = None
+    enable_ar_bucket: bool | None = None
+    min_ar: Number | None = Field(None, gt=0)
+    max_ar: Number | None = Field(None, gt=0)
+    num_ar_buckets: int | None = Field(None, ge=1)
+    ar_buckets: list[Number | list[Number]] | None = None
+    frame_buckets: list[int] | None = None
+    size_buckets: list[list[int]] | None = None
+    mask_path: Any = None
+    default_mask_file: Any = None
+    control_path: Any = None
+    caption_prefix: Any = None
+    shuffle_tags: Any = None
+    cache_shuffle_num: Any = None
+    cache_shuffle_delimiter: Any = None
+    skip_empty_caption: Any = None
+    shuffle_metadata: Any = None
+    online_captions: Any = None
+
+
+class DatasetConfig(Table):
+    """The dataset file."""
+
+    directory: list[DirectoryConfig] = Field(min_length=1)
+    num_repeats: Number = Field(1, gt=0)
+    resolutions: list[Number | list[Number]] | None = None
+    enable_ar_bucket: bool = False
+    min_ar: Number | None = Field(None, gt=0)
+    max_ar: Number | None = Field(None, gt=0)
+    num_ar_buckets: int | None = Field(None, ge=1)
+    ar_buckets: list[Number | list[Number]] | None = None
+    frame_buckets: list[int] = [1]
+    size_buckets: list[list[int]] | None = None
+    caption_prefix: Any = None
+    shuffle_tags: Any = None
+    cache_shuffle_num: Any = None
+    cache_shuffle_delimiter: Any = None
+    skip_empty_caption: Any = None
+    shuffle_metadata: Any = None
+    online_captions: Any = None
+    subsample_ratio: Any = None
+
+
+_LATER_VERSION = "is not supported by this version yet"
+_MASKS = f"masked loss {_LATER_VERSION}"
+_CAPTIONS = f"caption shuffling {_LATER_VERSION}"
+_EVAL = f"evaluation {_LATER_VERSION}"
+_DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
+_FLOAT8 = f"float8 {_LATER_VERSION}; use 'bfloat16'"
+
+# key -> (values that change nothing, why any other value is refused)
+_LATER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_checkpointing": (
+        (False, True),
+        f"offload to host memory {_LATER_VERSION}; use true",
+    ),
+    "blocks_to_swap": ((0,), f"streaming blocks from host memory {_LATER_VERSION}; use 0"),
+    "model.transformer_dtype": ((None, "bfloat16", "float32"), _FLOAT8),
+    "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
+    "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
+    "model.cache_text_embeddings": ((True,), "text embeddings are always cached; leave it out"),
+    "model.text_encoder_fp8": ((False,), f"a float8 text encoder {_LATER_VERSION}"),
+    "adapter.type": (("lora",), f"LoKr {_LATER_VERSION}; use 'lora'"),
+    "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
+    "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),
+    "adapter.init_from_existing": ((None,), f"starting from an existing LoRA {_LATER_VERSION}"),
+    "image_micro_batch_size_per_gpu": ((None,), f"a batch size for images {_LATER_VERSION}"),
+    "eval_micro_batch_size_per_gpu": ((None,), _EVAL),
+    "eval_image_micro_batch_size_per_gpu": ((None,), _EVAL),
+    "eval_gradient_accumulation_steps": ((None, 1), _EVAL),
+    "eval_datasets": ((None, []), _EVAL),
+    "eval_every_n_epochs": ((None,), _EVAL),
+    "eval_every_n_steps": ((None,), _EVAL),
+    "eval_every_n_examples": ((None,), _EVAL),
+    "eval_before_first_step": ((None, False), _EVAL),
+    "disable_block_swap_for_eval": ((None, False), _EVAL),
+    "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
+    "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
+    "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
+    "force_constant_lr": ((None,), "the schedule is constant; set lr"),
+    "huber_delta": ((None,), f"the Huber loss {_LATER_VERSION}"),
+    "smooth_l1_beta": ((None,), f"the smooth L1 loss {_LATER_VERSION}"),
+    "pseudo_huber_c": ((None,), f"the pseudo-Huber loss {_LATER_VERSION}"),
+    "uncond_fraction": ((None, 0, 0.0), f"caption dropout {_LATER_VERSION}"),
+    "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
+    "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
+    "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
+    "video_clip_mode": ((None, "single_beginning"), f"this clip mode {_LATER_VERSION}"),
+    "caching_batch_size": ((None, 1), f"caching in batches {_LATER_VERSION}; use 1"),
+    "map_num_proc": ((None,), "wan22-cache chooses its own parallelism; leave it out"),
+    "compile": ((None, True), "the train step is always compiled; leave it out"),
+    "pipeline_stages": ((None, 1), _DEEPSPEED),
+    "partition_method": ((None, "parameters"), _DEEPSPEED),
+    "partition_split": ((None,), _DEEPSPEED),
+    "reentrant_activation_checkpointing": ((None, False), "belongs to torch; leave it out"),
+    "mask_path": ((None,), _MASKS),
+    "default_mask_file": ((None,), _MASKS),
+    "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
+    "caption_prefix": ((None, ""), f"a caption prefix {_LATER_VERSION}"),
+    "shuffle_tags": ((None, False), _CAPTIONS),
+    "cache_shuffle_num": ((None, 0), _CAPTIONS),
+    "cache_shuffle_delimiter": ((None, ", "), _CAPTIONS),
+    "skip_empty_caption": ((None,), "a missing caption is always an error in this version"),
+    "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
+    "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
+    "subsample_ratio": ((None,), f"training on a part of the data {_LATER_VERSION}"),
+}
+
+TableT = TypeVar("TableT", bound=Table)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads the main file.
+
+    Args:
+        path: a TOML file.
+        overrides: ``key.path=value`` strings that win over the file; a value is TOML or bare text.
+
+    Raises:
+        BadInput: not TOML, an unknown, missing, wrong or unsupported key; it names file and key.
+    """
+    tree = _read_toml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    config = _validate(TrainConfig, tree, path)
+    if isinstance(config.micro_batch_size_per_gpu, list) or config.micro_batch_size_per_gpu < 1:
+        raise BadInput(
+            f"{path}: micro_batch_size_per_gpu must be a number >= 1; "
+            f"a batch size per resolution {_LATER_VERSION}"
+        )
+    if config.adapter is None:
+        raise BadInput(
+            f"{path}: [adapter] is missing; full fine-tuning {_LATER_VERSION}, "
+            "add [adapter] type = 'lora'"
+        )
+    if config.lr is not None and config.optimizer.lr not in (None, config.lr):
+        raise BadInput(
+            f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
+        )
+    if config.optimizer.type.lower() not in ("adamw", "adamw_optimi"):
+        raise BadInput(
+            f"{path}: [optimizer] type = {config.optimizer.type!r} {_LATER_VERSION}; use 'adamw' "
+            "(float32 masters, so no Kahan or 8-bit variant is needed for a LoRA)"
+        )
+    if config.model.min_t >= config.model.max_t:
+        raise BadInput(f"{path}: [model] min_t must be below max_t")
+    return config
+
+
+def load_dataset(path: Path) -> DatasetConfig:
+    """Reads the dataset file; raises BadInput as ``load_config`` does."""
+    return _validate(DatasetConfig, _read_toml(path), path)
+
+
+def dump_config(config: Table) -> str:
+    """Writes a resolved config as TOML, defaults included, unset keys left out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder, a TOML file was expected") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: is not valid TOML ({error})") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"override {override!r}: expected key.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for name in tables:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise BadInput(f"override {override!r}: {name} is not a table")
+    tree[last] = value
+
+
+def _validate(table: type[TableT], tree: dict[str, Any], path: Path) -> TableT:
+    try:
+        config = table.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_describe(table, problem) for problem in error.errors())
+        raise BadInput(f"{path}: {problems}") from None
+    _refuse_unsupported(config, path)
+    return config
+
+
+def _describe(table: type[Table], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys(table)
+        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1
+        )
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
+    if problem["type"] == "missing":
+        return f"key {key} is missing"
+    return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
+
+
+def _keys(table: type[Table], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in table.model_fields.items():
+        keys.append(prefix + name)
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, Table):
+                keys += _keys(candidate, f"{prefix}{name}.")
+    return keys
+
+
+def _refuse_unsupported(config: Table, path: Path, prefix: str = "") -> None:
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(item, Table):
+                dot = f"{name}[{index}]." if isinstance(value, list) else f"{name}."
+                _refuse_unsupported(item, path, prefix + dot)
+        key = name if prefix.startswith("directory[") else prefix + name
+        accepted, reason = _LATER.get(key, ((value,), ""))
+        if not any(type(value) is type(other) and value == other for other in accepted):
+            raise BadInput(f"{path}: {prefix}{name} = {value!r}: {reason}")
