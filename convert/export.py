@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,19 @@ from wan22_jax.model_folder import read_model_card
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main() -> None:
-    """Runs the command."""
-    sys.exit(run_command(_run))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="wan22-export", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: dtype of the [adapter] table")
+    parser.add_argument("--model", type=Path, help="refuse unless trained on this model folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args(argv)
+    return run_command(lambda: _run(args))
 
 
 def export_adapter(
@@ -113,17 +124,7 @@ def _bits(tensor: np.ndarray | None) -> tuple[str, tuple[int, ...], bytes] | Non
     return None if tensor is None else (tensor.dtype.name, tensor.shape, tensor.tobytes())
 
 
-def _run() -> None:
-    parser = argparse.ArgumentParser(prog="wan22-export", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
-    )
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: dtype of the [adapter] table")
-    parser.add_argument("--model", type=Path, help="refuse unless trained on this model folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    args = parser.parse_args()
+def _run(args: argparse.Namespace) -> None:
     base_digest = read_model_card(args.model).digests["transformer"] if args.model else None
     adapter = export_adapter(
         args.checkpoint,
