@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from wan22_jax.model.transformer import WanTransformer
+
 Solver = Literal["unipc", "dpm++"]
 Velocity = Callable[..., jax.Array]  # (latents_BTYXC, sigma_BT, text_BSE) -> velocity_BTYXC
 
@@ -32,6 +34,8 @@ _FIRST_SIGMA = {
     "unipc": float(np.float32(0.999)),  # the original's table of 1000 training sigmas ends here
     "dpm++": 1.0,
 }
+
+_KEEP_SAMPLE = np.array([1, 0, 0, 0, 0])
 
 
 def sigma_schedule(solver: Solver, steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +94,14 @@ def sample_latents(
     """
     sigmas, timesteps = sigma_schedule(solver, steps, shift)
     predict = _compile(model)
+    text = jnp.asarray(text)
+    negative = None if negative is None else jnp.asarray(negative)
     if noise is None:
         noise = jax.random.normal(key, shape, jnp.float32)
     sample = jnp.asarray(noise, jnp.float32)
     if sample.shape != tuple(shape):
         raise ValueError(f"noise has shape {sample.shape}, not {tuple(shape)}")
-    sigma_scale_T = np.ones(shape[1], np.float32)
+    sigma_scale_T = np.ones(shape[1])
     if first_frame is not None:
         first_frame = jnp.broadcast_to(
             jnp.asarray(first_frame, jnp.float32), (shape[0], 1, *shape[2:])
@@ -105,8 +111,8 @@ def sample_latents(
     memory = _Memory(sample, *(jnp.zeros_like(sample) for _ in range(3)))
 
     for step in tqdm(range(steps), desc="denoise", unit="step", disable=not progress):
-        sigma_BT = jnp.broadcast_to(timesteps[step] / 1000 * sigma_scale_T, shape[:2])
-        sigma_BT = sigma_BT.astype(jnp.float32)
+        sigma_T = (timesteps[step] / 1000 * sigma_scale_T).astype(np.float32)
+        sigma_BT = jnp.broadcast_to(sigma_T, shape[:2])
         velocity = jnp.asarray(predict(memory.sample, sigma_BT, text), jnp.float32)
         if guidance != 1:
             away = jnp.asarray(predict(memory.sample, sigma_BT, negative), jnp.float32)
@@ -120,8 +126,10 @@ def sample_latents(
 class StepWeights(NamedTuple):
     """One solver step as two weighted sums over what is remembered; clean_i is step i's x0."""
 
-    correct: np.ndarray  # float32 [5], of: sample, corrected_{i-1}, clean_{i-2}, clean_{i-1}, clean_i
-    predict: np.ndarray  # float32 [3], of: corrected_i, clean_{i-1}, clean_i
+    correct: (
+        jax.Array
+    )  # float32 [5], of: sample, corrected_{i-1}, clean_{i-2}, clean_{i-1}, clean_i
+    predict: jax.Array  # float32 [3], of: corrected_i, clean_{i-1}, clean_i
 
 
 def solver_weights(solver: Solver, sigmas: np.ndarray, step: int) -> StepWeights:
@@ -134,9 +142,9 @@ def solver_weights(solver: Solver, sigmas: np.ndarray, step: int) -> StepWeights
         correct = _correct_unipc(sigmas, log_snr, step)
         predict = _predict_unipc(sigmas, log_snr, step, order=1 if is_edge else 2)
     else:
-        correct = (1, 0, 0, 0, 0)
+        correct = _KEEP_SAMPLE
         predict = _predict_dpm(sigmas, log_snr, step, order=1 if is_edge else 2)
-    return StepWeights(np.array(correct, np.float32), np.array(predict, np.float32))
+    return StepWeights(jnp.asarray(correct, jnp.float32), jnp.asarray(predict, jnp.float32))
 
 
 class _Memory(NamedTuple):
@@ -150,7 +158,7 @@ class _Memory(NamedTuple):
 def _advance(
     memory: _Memory,
     velocity: jax.Array,
-    sigma: np.ndarray,
+    sigma: jax.Array,
     weights: StepWeights,
     first_frame: jax.Array | None,
 ) -> _Memory:
@@ -165,50 +173,42 @@ def _advance(
     return _Memory(sample, corrected, clean, memory.clean)
 
 
-def _mix(weights: np.ndarray, arrays: tuple[jax.Array, ...]) -> jax.Array:
-    return sum(weight * array for weight, array in zip(weights, arrays, strict=True))
+def _mix(weights: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    # Not a dot: that may run in TF32.
+    return jnp.sum(jnp.stack([w * a for w, a in zip(weights, arrays, strict=True)]), axis=0)
 
 
-def _correct_unipc(sigmas: np.ndarray, log_snr: np.ndarray, step: int) -> tuple[float, ...]:
+def _correct_unipc(sigmas: np.ndarray, log_snr: np.ndarray, step: int) -> np.ndarray:
     """UniC of the order that the previous prediction had (Zhao et al. 2023, B2 = e^h - 1)."""
     if step == 0:
-        return (1, 0, 0, 0, 0)
+        return _KEEP_SAMPLE
     keep, scale, shrink, width = _interval(sigmas, log_snr, step - 1)
     if step == 1:
-        return (0, keep, 0, -scale / 2, -scale / 2)
+        return np.array([0, keep, 0, -scale / 2, -scale / 2])
     ratio = (log_snr[step - 2] - log_snr[step - 1]) / width
     remainder = shrink / -width - 1
     first, second = np.linalg.solve(
         [[1, 1], [ratio, 1]], [remainder / shrink, 2 * (remainder / -width - 0.5) / shrink]
     )
-    return (
-        0,
-        keep,
-        -scale * first / ratio,
-        -scale * (1 - first / ratio - second),
-        -scale * second,
-    )
+    first = first / ratio
+    return np.array([0, keep, -scale * first, -scale * (1 - first - second), -scale * second])
 
 
-def _predict_unipc(
-    sigmas: np.ndarray, log_snr: np.ndarray, step: int, *, order: int
-) -> tuple[float, ...]:
+def _predict_unipc(sigmas: np.ndarray, log_snr: np.ndarray, step: int, *, order: int) -> np.ndarray:
     keep, scale, _, width = _interval(sigmas, log_snr, step)
     if order == 1:
-        return (keep, 0, -scale)
+        return np.array([keep, 0, -scale])
     ratio = (log_snr[step - 1] - log_snr[step]) / width
-    return (keep, -scale * 0.5 / ratio, -scale * (1 - 0.5 / ratio))
+    return np.array([keep, -scale * 0.5 / ratio, -scale * (1 - 0.5 / ratio)])
 
 
-def _predict_dpm(
-    sigmas: np.ndarray, log_snr: np.ndarray, step: int, *, order: int
-) -> tuple[float, ...]:
+def _predict_dpm(sigmas: np.ndarray, log_snr: np.ndarray, step: int, *, order: int) -> np.ndarray:
     """DPM-Solver++ 2M, midpoint (Lu et al. 2022)."""
     keep, scale, _, width = _interval(sigmas, log_snr, step)
     if order == 1:
-        return (keep, 0, -scale)
+        return np.array([keep, 0, -scale])
     ratio = (log_snr[step] - log_snr[step - 1]) / width  # inf at step 1, where sigma 1 came before
-    return (keep, scale * 0.5 / ratio, -scale * (1 + 0.5 / ratio))
+    return np.array([keep, scale * 0.5 / ratio, -scale * (1 + 0.5 / ratio)])
 
 
 def _interval(
@@ -228,4 +228,7 @@ def _compile(model: Velocity) -> Velocity:
 
 @partial(jax.jit, static_argnums=0)
 def _run_module(graphdef: nnx.GraphDef, state: Any, *inputs: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state)(*inputs)
+    model = nnx.merge(graphdef, state)
+    if isinstance(model, WanTransformer):
+        return model(*inputs, float32_residual=True)  # as the original samples
+    return model(*inputs)

@@ -5,7 +5,6 @@ of any size is that of the rows it is reading.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -15,15 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from wan22_jax.errors import BadInput
 
-INDEX_SUFFIX = ".safetensors.index.json"
-
 
 class TensorFiles(Protocol):
     """Tensors by name, read when asked."""
 
     where: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # as safetensors writes them: F32, BF16, ...
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # as safetensors writes them: F32, BF16, ...
 
     def read(self, name: str, rows: slice) -> np.ndarray:
         """Reads some rows (leading axis) of a tensor."""
@@ -33,16 +30,16 @@ class TensorFiles(Protocol):
 class SafetensorsFiles:
     """The tensors of one safetensors file, or of a folder of shards.
 
-    In a folder, the shards are those that its index names, or else every safetensors file.
-    Raises BadInput if there is no such file, one is cut short or a name comes twice.
+    In a folder, the shards are those that its index names, or else every safetensors file; only
+    files whose names start with ``prefix`` count. Raises BadInput if there is no such file, one is cut short or a name comes twice.
     """
 
-    def __init__(self, where: Path):
+    def __init__(self, where: Path, *, prefix: str = ""):
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._file_by_name: dict[str, Path] = {}
-        for file in _list_shards(where):
+        for file in _list_shards(where, prefix):
             self._add(file)
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -69,17 +66,17 @@ class SafetensorsFiles:
             ) from error
 
 
-def _list_shards(where: Path) -> list[Path]:
+def _list_shards(where: Path, prefix: str) -> list[Path]:
     if not where.is_dir():
         return [where]
-    indexes = sorted(where.glob("*" + INDEX_SUFFIX))
+    indexes = sorted(where.glob(prefix + "*.safetensors.index.json"))
     if len(indexes) > 1:
         names = ", ".join(index.name for index in indexes)
         raise BadInput(f"{where}: one checkpoint was expected, its indexes are {names}; keep one")
     if not indexes:
-        shards = sorted(where.glob("*.safetensors"))
+        shards = sorted(where.glob(prefix + "*.safetensors"))
         if not shards:
-            raise BadInput(f"{where}: no safetensors file in this folder; download the model again")
+            raise BadInput(f"{where}: no {prefix}*.safetensors in this folder; download the model again")
         return shards
     try:
         names = set(json.loads(indexes[0].read_text())["weight_map"].values())

@@ -192,7 +192,7 @@ def vae_names(num_res_blocks: int) -> NameTable:
         (f"decoder.upsamples.{{s}}.upsamples.{up}", "decoder.up_blocks.{s}.upsampler"),
     )
     resampling = (("resample.1.{p}", "resample.1.{p}"), ("time_conv.{p}", "time_conv.{p}"))
-    attention = (("norm.gamma", "norm.gamma"), ("to_qkv.{p}", "to_qkv.{p}"), ("proj.{p}",) * 2)
+    attention = tuple((name, name) for name in ("norm.gamma", "to_qkv.{p}", "proj.{p}"))
     return NameTable(
         (
             ("conv1.{p}", "quant_conv.{p}"),

@@ -145,13 +145,12 @@ def _list_ratios(
 
 def _list_sides(resolutions: Sequence[Side | Sequence[Side]], source: str) -> list[float]:
     sides = set()
-    for side in resolutions:
-        if isinstance(side, Sequence):
-            if len(side) != 2:
-                raise BadInput(f"{source}: resolutions: expected a side or [width, height]")
-            side = math.sqrt(side[0] * side[1])
+    for given in resolutions:
+        if isinstance(given, Sequence) and len(given) != 2:
+            raise BadInput(f"{source}: resolutions: expected a side or [width, height]")
+        side = math.sqrt(given[0] * given[1]) if isinstance(given, Sequence) else given
         if side < SIZE_MULTIPLE:
-            raise BadInput(f"{source}: resolutions: {side} is below {SIZE_MULTIPLE} pixels")
+            raise BadInput(f"{source}: resolutions: {given} is below {SIZE_MULTIPLE} pixels")
         sides.add(round(float(side), 3))
     return sorted(sides)
 

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from wan22_jax.batch import CachedClip
@@ -82,16 +82,16 @@ class Cache:
         """Reads one clip; bfloat16, as stored.
 
         Raises:
-            BadInput: its record is damaged.
+            BadInput: its record is damaged or gone.
         """
         try:
             latents, text = (
                 load(self._records[self._rows[key]])["array"]
                 for key in (clip.latents_key, clip.text_key)
             )
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, KeyError, SafetensorError) as error:
             raise BadInput(
-                f"{self.folder}: the record of {clip.file} is damaged ({error}); "
+                f"{self.folder}: the record of {clip.file} is damaged or gone ({error}); "
                 "run wan22-cache with --regenerate_cache"
             ) from None
         return CachedClip(latents, text)
@@ -143,25 +143,28 @@ class CacheWriter:
             shard_bytes: size at which pending records become a shard.
 
         Raises:
-            BadInput: another process is writing, or other encoders made what is there.
+            BadInput: another process is writing, other encoders made what is there, or the folder
+                cannot be written.
         """
         self.folder = folder
         self._pending = folder / "pending"
-        self._pending.mkdir(parents=True, exist_ok=True)
         self._shard_bytes = shard_bytes
-        self._lock = _lock(folder)
+        self._lock = _make_and_lock(folder)
         if regenerate:
             _clear(folder)
+        self._pending.mkdir(exist_ok=True)
         header = folder / "cache.json"
         if header.is_file():
             _check_encoders(folder, encoders)
         else:
-            _write_json(header, {"format": "wan22_jax cache", "version": VERSION, "is": encoders})
+            _write_json(
+                header, {"format": "wan22_jax cache", "version": VERSION, "encoders": encoders}
+            )
         for leftover in [*folder.glob("*.partial"), *self._pending.glob("*.partial")]:
             leftover.unlink()
         self._in_shards = {key for _, keys in _list_shards(folder) for key in keys}
         self._waiting: dict[str, int] = {}  # key -> bytes
-        for path in sorted(self._pending.iterdir()):
+        for path in sorted(self._pending.glob("*.safetensors")):
             if path.stem in self._in_shards:  # killed between closing a shard and tidying up
                 path.unlink()
             else:
@@ -193,8 +196,9 @@ class CacheWriter:
     def finish(self, clips: Iterable[ClipEntry], *, buckets: Sequence[Bucket]) -> None:
         """Declares the data set complete: these clips, made for these buckets."""
         clips = list(clips)
-        missing = [clip.file for clip in clips if not {*clip[2:]} <= {*self._in_shards, *self._waiting}]
-        if missing:
+        if missing := [
+            c.file for c in clips if c.latents_key not in self or c.text_key not in self
+        ]:
             raise ValueError(f"clips without records: {missing}")
         if self._waiting:
             self._close_shard()
@@ -222,8 +226,13 @@ def _join(buckets: Iterable[Bucket]) -> str:
 
 
 def _list_shards(folder: Path) -> list[tuple[Path, list[str]]]:
-    indices = sorted(folder.glob("[0-9]*.json"))
-    return [(p.with_suffix(".array_record"), json.loads(p.read_text("utf-8"))) for p in indices]
+    shards = []
+    for index in sorted(folder.glob("[0-9]*.json")):
+        shard = index.with_suffix(".array_record")
+        if not shard.is_file():
+            raise BadInput(f"{shard}: is gone; run wan22-cache with --regenerate_cache")
+        shards.append((shard, json.loads(index.read_text("utf-8"))))
+    return shards
 
 
 def _check_encoders(folder: Path, encoders: str) -> None:
@@ -233,15 +242,19 @@ def _check_encoders(folder: Path, encoders: str) -> None:
             f"{folder}: has cache version {header['version']}, this program writes {VERSION}; "
             "run wan22-cache with --regenerate_cache"
         )
-    if header["is"] != encoders:
+    if header["encoders"] != encoders:
         raise BadInput(
             f"{folder}: was made by other encoders ({header['is']}; this model has {encoders}); "
             "run wan22-cache with --regenerate_cache, or use the model that made it"
         )
 
 
-def _lock(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+def _make_and_lock(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go of it
     except BlockingIOError:
@@ -254,12 +267,10 @@ def _lock(folder: Path) -> int:
 
 def _clear(folder: Path) -> None:
     # Only files of ours: diffusion-pipe keeps its own cache in a folder of the same name.
-    shutil.rmtree(folder / "pending")
-    (folder / "pending").mkdir()
     (folder / "clips.json").unlink(missing_ok=True)  # first: without it nothing looks complete
-    for path in [*folder.glob("[0-9]*.json"), *folder.glob("[0-9]*.array_record")]:
-        path.unlink()
-    (folder / "cache.json").unlink(missing_ok=True)
+    for pattern in ("[0-9]*.json", "[0-9]*.array_record", "pending/*", "cache.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _write_json(path: Path, tree: object) -> None:

@@ -26,7 +26,9 @@ def open_picture(path: Path) -> Image.Image:
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such picture; check the path") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: expected a picture, but {error}; save it as PNG or JPEG") from error
+        raise BadInput(
+            f"{path}: expected a picture, but {error}; save it as PNG or JPEG"
+        ) from error
     white = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(white, upright).convert("RGB")
 
@@ -62,7 +64,7 @@ def best_output_size(
 
 
 def crop_to_cover(picture: Image.Image, *, width_px: int, height_px: int) -> np.ndarray:
-    """Scales the picture to cover the size and cuts its centre: float32 [1, 1, Y, X, 3] in [-1, 1]."""
+    """Scales the picture to cover the size and cuts its centre: [1, 1, Y, X, 3] in [-1, 1]."""
     scale = max(width_px / picture.width, height_px / picture.height)
     scaled = picture.resize(
         (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS

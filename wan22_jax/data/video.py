@@ -19,8 +19,10 @@ from PIL import Image, ImageOps
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import FPS, Bucket
 
-VIDEO_SUFFIXES = frozenset(".mp4 .mov .mkv .avi .webm .m4v .mpg .mpeg .ts".split())
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp".split())
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"]
+)
+IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 
 
 class MediaInfo(NamedTuple):
