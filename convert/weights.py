@@ -1,0 +1,275 @@
+"""``wan22-convert``: a PyTorch model folder becomes a model folder of this project.
+
+Weights are streamed: one layer of one tensor is read, cast, hashed and written before the next, so
+host memory stays far below the size of a network. ``--dtype`` is that of the transformer (but for
+what always stays float32) and of the text encoder; the VAE stays float32, in which the original
+runs it. Everything is written into ``<out>.partial``, which becomes ``<out>`` once complete.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import nnx
+from tqdm import tqdm
+
+from convert.checkpoints import Checkpoint, open_checkpoint
+from wan22_jax.errors import BadInput, run_command
+from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.model.umt5 import UMT5
+from wan22_jax.model.vae import WanVAE
+from wan22_jax.model_folder import NETWORKS, ModelCard, tokenizer_folder, write_model_card
+from wan22_jax.weights import (
+    Network,
+    OfficialTensors,
+    check_tensors,
+    is_stacked,
+    official_names,
+    parameter_shapes,
+    stacked_shapes,
+    stored_dtype,
+)
+
+_CHUNK_BYTES = 2**28  # a larger tensor (the token embedding) is cut by rows
+_SPARE_BYTES = 2**26  # for the metadata
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="wan22-convert", description=__doc__)
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="official or Diffusers folder")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --out")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave the GPU to others
+
+    def command() -> None:
+        card = convert(args.ckpt_path, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        print(f"{args.out}: complete, digest {card.digest}")  # noqa: T201
+
+    return run_command(command)
+
+
+def convert(
+    checkpoint: Path, out: Path, *, dtype: str = "bfloat16", overwrite: bool = False
+) -> ModelCard:
+    """Converts a checkpoint folder and returns the card of what was written.
+
+    Raises BadInput before anything is written if the checkpoint is not a complete TI2V-5B, out
+    exists or the disk is too small; OSError if the disk fills up. Either way nothing stays.
+    """
+    _check_out(out, overwrite=overwrite)
+    source = open_checkpoint(checkpoint)
+    plans = _plan(source, jnp.dtype(dtype))
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():  # of a conversion that was killed
+        shutil.rmtree(partial)
+    _check_space(partial, plans, source.tokenizer)
+    try:
+        with _full_disk_as_os_error(partial):
+            card = _write(source, plans, partial, dtype=dtype, name=str(checkpoint))
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return card
+
+
+Plan = Mapping[str, jax.ShapeDtypeStruct]  # by parameter path, layers stacked
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not overwrite:
+        raise BadInput(f"{out}: already exists; choose another --out or add --overwrite")
+    if out.exists() and not (out / "model.json").is_file():
+        raise BadInput(f"{out}: not a converted model, so it is not replaced; choose another --out")
+
+
+def _plan(source: Checkpoint, dtype: jnp.dtype) -> dict[Network, Plan]:
+    """Compares every tensor with the network that the configs describe."""
+    text_dim, channels = source.transformer_config.text_dim, source.transformer_config.in_channels
+    modules: dict[Network, nnx.Module] = {
+        "transformer": nnx.eval_shape(
+            lambda: WanTransformer(source.transformer_config, rngs=nnx.Rngs(0))
+        ),
+        "vae": nnx.eval_shape(lambda: WanVAE(source.vae_config, rngs=nnx.Rngs(0))),
+        "text_encoder": nnx.eval_shape(
+            lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))
+        ),
+    }
+    for network, module in modules.items():
+        check_tensors(getattr(source, network), network, parameter_shapes(module))
+    for what, ours, theirs in (
+        ("text_dim", text_dim, source.text_encoder_config.dim),
+        ("latent channels", channels, source.vae_config.z_dim),
+    ):
+        if ours != theirs:
+            raise BadInput(
+                f"{source.transformer.files.where}: the transformer's {what} {ours} is not the "
+                f"{theirs} of the networks beside it; download Wan2.2-TI2V-5B again"
+            )
+    dtypes: dict[Network, Any] = {"transformer": dtype, "vae": jnp.float32, "text_encoder": dtype}
+    return {
+        network: {
+            name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtypes[network]))
+            for name, shape in stacked_shapes(module).items()
+        }
+        for network, module in modules.items()
+    }
+
+
+def _check_space(partial: Path, plans: Mapping[Network, Plan], tokenizer: Path) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(_num_bytes(leaf) for plan in plans.values() for leaf in plan.values())
+    needed += sum(file.stat().st_size for file in _list_files(tokenizer)) + _SPARE_BYTES
+    free = shutil.disk_usage(partial.parent).free
+    if free < needed:
+        raise BadInput(
+            f"{partial.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; "
+            "free some space or choose another --out"
+        )
+
+
+def _write(
+    source: Checkpoint, plans: Mapping[Network, Plan], partial: Path, *, dtype: str, name: str
+) -> ModelCard:
+    configs = {
+        "transformer": source.transformer_config,
+        "vae": source.vae_config,
+        "text_encoder": source.text_encoder_config,
+    }
+    partial.mkdir()
+    tokenizer_folder(partial).mkdir()
+    for file in _list_files(source.tokenizer):
+        shutil.copy(file, tokenizer_folder(partial))
+    num_bytes = sum(_num_bytes(leaf) for plan in plans.values() for leaf in plan.values())
+    digests: dict[str, str] = {}
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        for network in NETWORKS:
+            bar.set_description(network)
+            parts = [json.dumps(asdict(configs[network]), sort_keys=True)]
+            parts += _write_network(
+                getattr(source, network), plans[network], partial.absolute() / network, bar
+            )
+            if network == "text_encoder":
+                parts += [
+                    f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+                    for file in _list_files(source.tokenizer)
+                ]
+            digests[network] = _digest(parts)
+    card = ModelCard(
+        dtype=dtype,
+        source=name,
+        transformer=source.transformer_config,
+        vae=source.vae_config,
+        text_encoder=source.text_encoder_config,
+        digests=digests,
+        digest=_digest([digests[network] for network in NETWORKS]),
+    )
+    write_model_card(partial, card)
+    return card
+
+
+def _write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) -> list[str]:
+    """Writes one Orbax checkpoint; returns a line with name, dtype, shape and hash per tensor."""
+    _reserve(path, plan)
+    lines = []
+    for stacked_name, leaf in plan.items():
+        array = ts.open(
+            {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / stacked_name)}},
+            open=True,
+        ).result()
+        for layer, name in enumerate(official_names(stacked_name, leaf.shape)):
+            target = array[layer] if is_stacked(stacked_name) else array
+            step = array.chunk_layout.write_chunk.shape[0]
+            digest = hashlib.sha256()
+            for rows in _split_rows(tensors.shapes[name][0], step, is_stacked(stacked_name)):
+                block = np.ascontiguousarray(tensors.read(name, rows).astype(leaf.dtype))
+                writing = target[rows].write(block)
+                digest.update(block.view(np.uint8))
+                writing.result()
+                bar.update(block.nbytes)
+            lines.append(f"{name} {leaf.dtype} {list(target.shape)} {digest.hexdigest()}")
+    return sorted(lines)
+
+
+def _reserve(path: Path, plan: Plan) -> None:
+    """Lets Orbax write a checkpoint of arrays that have no data yet.
+
+    The arrays are plain zarr, uncompressed, with one chunk a layer: to be filled layer by layer,
+    and restored by Orbax as if it had written them.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _EmptyArrays(deepcopy_host_arrays=False))
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, type_handler_registry=registry
+    )
+    shapes = {  # a zero seen through strides of 0 takes no memory
+        name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in plan.items()
+    }
+    chunks = {
+        name: ocp.SaveArgs(shard_axes=(0,))
+        if is_stacked(name)
+        else ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        for name in plan
+    }
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, ocp.args.PyTreeSave(shapes, save_args=chunks))
+
+
+class _EmptyArrays(ocp.type_handlers.NumpyHandler):
+    async def _open_and_write(
+        self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context
+    ) -> None:
+        await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+
+
+@contextlib.contextmanager
+def _full_disk_as_os_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # TensorStore's only kind
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def _split_rows(num_rows: int, step: int, whole: bool) -> list[slice]:
+    if whole:
+        return [slice(0, num_rows)]
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _list_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

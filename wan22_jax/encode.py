@@ -1,0 +1,212 @@
+"""``wan22-cache``: encodes the clips and captions of a data set, once, before training.
+
+Reads every file and reports every problem first. Then the text encoder runs and is freed, then the
+VAE; only what is not in the cache yet is encoded, and what is done survives a killed run.
+"""
+
+import argparse
+import gc
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from wan22_jax.config import load_config
+from wan22_jax.data.cache import (
+    SHARD_BYTES,
+    CacheWriter,
+    ClipEntry,
+    make_latents_key,
+    make_text_key,
+    name_encoders,
+)
+from wan22_jax.data.folder import SourceClip, survey_folder
+from wan22_jax.data.video import read_clip
+from wan22_jax.dataset import Directory, read_directories
+from wan22_jax.errors import BadInput, run_command
+from wan22_jax.geometry import LATENT_CHANNELS, TIME_STRIDE, Bucket
+from wan22_jax.model.vae import WanVAE
+from wan22_jax.model_folder import (
+    load_text_encoder,
+    load_vae,
+    read_model_card,
+    tokenizer_folder,
+)
+from wan22_jax.text import encode_text, load_tokenizer
+
+CAPTIONS_AT_ONCE = 8
+
+
+class Work(NamedTuple):
+    """One directory: its clips and the cache that they go to."""
+
+    directory: Directory
+    clips: list[SourceClip]
+    cache: CacheWriter
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="wan22-cache", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the training TOML file")
+    parser.add_argument(
+        "--regenerate_cache", action="store_true", help="encode everything again from scratch"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
+    arguments = parser.parse_args()
+    return run_command(lambda: _run(parser.parse_args()))
+
+
+def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False) -> None:
+    """Brings the caches of a dataset file up to date with its folders.
+
+    Args:
+        dataset_file: the dataset TOML.
+        model: a model folder that wan22-convert wrote.
+        regenerate: encode everything, whatever is cached.
+
+    Raises:
+        BadInput: a file of the data set cannot be used, or a cache has other encoders.
+    """
+    directories = read_directories(dataset_file)
+    encoders = name_encoders(read_model_card(model).digests)
+    surveys = [survey_folder(d.path, d.rule, warn=_warn) for d in directories]
+    with ExitStack() as stack:
+        jobs = []
+        for directory, clips in zip(directories, surveys, strict=True):
+            cache = CacheWriter(directory.cache_folder, encoders=encoders, regenerate=regenerate)
+            jobs.append(Work(directory, clips, stack.enter_context(cache)))
+        for work in jobs:
+            _check_space(work)
+        _encode_captions(jobs, model)
+        gc.collect()  # the text encoder's arrays go before the VAE's come
+        _encode_clips(jobs, model)
+        for work in jobs:
+            entries = [_make_entry(clip, bucket) for clip in work.clips for bucket in clip.buckets]
+            work.cache.finish(entries, buckets=work.directory.rule.buckets)
+    sys.stdout.write(_describe(jobs))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    encode_dataset(
+        Path(config.dataset), Path(config.model.ckpt_path), regenerate=arguments.regenerate_cache
+    )
+
+
+def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
+    todo = [
+        (caption, work.cache)
+        for work in jobs
+        for caption in dict.fromkeys(clip.caption for clip in work.clips)
+        if make_text_key(caption) not in work.cache
+    ]
+    if not todo:
+        return
+    encoder = load_text_encoder(model)
+    tokenizer = load_tokenizer(tokenizer_folder(model))
+    with tqdm(desc="captions", total=len(todo), unit="caption") as bar:
+        for start in range(0, len(todo), CAPTIONS_AT_ONCE):
+            some = todo[start : start + CAPTIONS_AT_ONCE]
+            prompts = [caption for caption, _ in some]
+            filler = [""] * (CAPTIONS_AT_ONCE - len(some))  # each batch size compiles once
+            for (caption, cache), text_SE in zip(
+                some, encode_text(encoder, tokenizer, prompts + filler), strict=False
+            ):
+                cache.add(make_text_key(caption), text_SE)
+            bar.update(len(some))
+
+
+def _encode_clips(jobs: Sequence[Work], model: Path) -> None:
+    todo = _list_missing(jobs)
+    if not todo:
+        return
+    vae = load_vae(model)
+    with tqdm(desc="clips", total=len(todo), unit="clip") as bar:
+        for (clip, bucket, cache), pixels_TYX3 in _decode_ahead(todo):
+            cache.add(make_latents_key(clip.digest, bucket), encode_pixels(vae, pixels_TYX3))
+            bar.update()
+
+
+def encode_pixels(vae: WanVAE, pixels_TYX3: np.ndarray) -> np.ndarray:
+    """Encodes uint8 frames, 4n + 1 of them, a few at a time; returns float32 latents_TYXC."""
+    starts = range(1, len(pixels_TYX3), TIME_STRIDE)
+    chunks = [pixels_TYX3[:1], *(pixels_TYX3[i : i + TIME_STRIDE] for i in starts)]
+    scaled = (chunk[None].astype(np.float32) / 255 * 2 - 1 for chunk in chunks)
+    latents_1TYXC = np.concatenate([np.asarray(x) for x in vae.encode_chunks(scaled)], axis=1)
+    return latents_1TYXC[0]
+
+
+Missing = tuple[SourceClip, Bucket, CacheWriter]
+
+
+def _list_missing(jobs: Sequence[Work]) -> list[Missing]:
+    missing = {
+        (work.cache.folder, make_latents_key(clip.digest, bucket)): (clip, bucket, work.cache)
+        for work in jobs
+        for clip in work.clips
+        for bucket in clip.buckets
+        if make_latents_key(clip.digest, bucket) not in work.cache
+    }
+    return list(missing.values())  # a file that is there twice is encoded once
+
+
+def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray]]:
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for missing in todo:
+            clip, bucket, _ = missing
+            now, ahead = ahead, (missing, pool.submit(read_clip, clip.path, clip.info, bucket))
+            if now is not None:
+                yield now[0], now[1].result()
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
+
+
+def _make_entry(clip: SourceClip, bucket: Bucket) -> ClipEntry:
+    return ClipEntry(
+        clip.path.name, bucket, make_latents_key(clip.digest, bucket), make_text_key(clip.caption)
+    )
+
+
+def _count_bytes(bucket: Bucket) -> int:
+    time, rows, columns = bucket.latent_TYX
+    return time * rows * columns * LATENT_CHANNELS * 2  # bfloat16
+
+
+def _check_space(work: Work) -> None:
+    needed = sum(_count_bytes(bucket) for _, bucket, _ in _list_missing([work]))
+    needed += min(needed, SHARD_BYTES)  # records lie there twice while a shard is written
+    free = shutil.disk_usage(work.cache.folder).free
+    if needed > free:
+        raise BadInput(
+            f"{work.cache.folder}: the cache needs {needed / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free; free some space and run the same command again"
+        )
+
+
+def _describe(jobs: Sequence[Work]) -> str:
+    lines = [f"{'bucket':>16} {'clips':>7} {'tokens':>7} {'MB':>9}  cache"]
+    for work in jobs:
+        chosen = [bucket for clip in work.clips for bucket in clip.buckets]
+        for bucket in sorted(set(chosen)):
+            count = chosen.count(bucket)
+            lines.append(
+                f"{bucket!s:>16} {count:>7} {bucket.num_tokens:>7} "
+                f"{count * _count_bytes(bucket) / 1e6:>9.1f}  {work.cache.folder}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _warn(line: str) -> None:
+    tqdm.write(f"warning: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
