@@ -5,6 +5,7 @@ One network is in device memory at a time: text encoder, (VAE for the picture,) 
 
 import argparse
 import math
+import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def quantise_video(video_BTYX3: jax.Array) -> np.ndarray:
-    """Turns decoded video (clamped to [-1, 1]) into bytes, cut off, not rounded, as the original."""
+    """Clamps decoded video to [-1, 1] and cuts it to bytes, without rounding, as the original."""
     unit_BTYX3 = (jnp.clip(video_BTYX3, -1, 1) + 1) / 2
     return np.asarray((unit_BTYX3 * 255).astype(jnp.uint8))
 
@@ -116,8 +117,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise BadInput(f"--seed: 0 or more expected, or -1 to draw one, got {args.seed}")
     if args.out.suffix.lower() != ".mp4":
         raise BadInput(f"{args.out}: --out takes an .mp4 file; write e.g. --out out.mp4")
-    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-        raise BadInput(f"{args.out}: --out takes a file in a folder that exists; make it first")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{args.out}: cannot make its folder ({error}); choose another") from error
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise BadInput(f"{args.out}: cannot be written; choose another file with --out")
 
 
 def _choose_frame(args: argparse.Namespace) -> tuple[Bucket, np.ndarray | None]:
