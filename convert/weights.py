@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -50,9 +51,7 @@ _SPARE_BYTES = 2**26  # for the metadata
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-convert", description=__doc__)
-    parser.add_argument(
-        "--ckpt_path", type=Path, required=True, help="official or Diffusers folder"
-    )
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="official or Diffusers folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --out")
@@ -112,7 +111,9 @@ def _plan(source: Checkpoint, dtype: jnp.dtype) -> dict[Network, Plan]:
             lambda: WanTransformer(source.transformer_config, rngs=nnx.Rngs(0))
         ),
         "vae": nnx.eval_shape(lambda: WanVAE(source.vae_config, rngs=nnx.Rngs(0))),
-        "text_encoder": nnx.eval_shape(lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))),
+        "text_encoder": nnx.eval_shape(
+            lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))
+        ),
     }
     for network, module in modules.items():
         check_tensors(getattr(source, network), network, parameter_shapes(module))

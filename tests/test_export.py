@@ -15,8 +15,6 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from wan22_jax.checkpoint import open_checkpoints, save_state
-from wan22_jax.training.step import TrainState, split_model
 
 from convert import export
 from convert.export import export_adapter, write_adapter
@@ -29,8 +27,10 @@ from wan22_jax.adapter import (
     load_adapter,
     to_comfyui,
 )
+from wan22_jax.checkpoint import open_checkpoints, save_state
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.training.step import TrainState, split_model
 
 CONFIG = TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=8,

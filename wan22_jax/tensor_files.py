@@ -76,9 +76,7 @@ def _list_shards(where: Path, prefix: str) -> list[Path]:
     if not indexes:
         shards = sorted(where.glob(prefix + "*.safetensors"))
         if not shards:
-            raise BadInput(
-                f"{where}: no {prefix}*.safetensors in this folder; download the model again"
-            )
+            raise BadInput(f"{where}: no {prefix}*.safetensors in this folder; download the model again")
         return shards
     try:
         names = set(json.loads(indexes[0].read_text())["weight_map"].values())
