@@ -198,7 +198,7 @@ _FLOAT8 = f"float8 {_LATER_VERSION}; use 'bfloat16'"
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_checkpointing": (
         (False, True),
-        f"offload to host memory {_LATER_VERSION}; use true",
+        f"host offload {_LATER_VERSION}; use true",
     ),
     "blocks_to_swap": ((0,), f"streaming blocks from host memory {_LATER_VERSION}; use 0"),
     "model.transformer_dtype": ((None, "bfloat16", "float32"), _FLOAT8),

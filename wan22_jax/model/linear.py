@@ -26,21 +26,24 @@ class Linear(nnx.Module):
         self.lora_B: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
-    def add_lora(
-        self, key: jax.Array, *, rank: int, alpha: float, dtype: jnp.dtype = jnp.float32
-    ) -> None:
+    def add_lora(self, key: jax.Array, *, rank: int, alpha: float) -> None:
         """Attaches an adapter; B starts at zero, so the layer's output does not change."""
-        self.lora_A, self.lora_B = init_lora(key, self.weight.shape, rank=rank, dtype=dtype)
+        self.lora_A, self.lora_B = init_lora(key, self.weight.shape, rank=rank)
         self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
         y = _matmul(x, self.weight[...])
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + along_last(self.bias[...], y)
         if self.lora_A is not None and self.lora_B is not None:
             y = y + self.lora_scale * _matmul(_matmul(x, self.lora_A[...]), self.lora_B[...])
         return y
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Shapes and casts a vector so that it broadcasts along the last axis of x."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _matmul(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
@@ -58,7 +61,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns float32; the caller casts."""
-        return layer_norm(x, eps=self.eps) * self.weight[...] + self.bias[...]
+        y = layer_norm(x, eps=self.eps)
+        return y * along_last(self.weight[...], y) + along_last(self.bias[...], y)
 
 
 class RMSNorm(nnx.Module):
@@ -72,7 +76,7 @@ class RMSNorm(nnx.Module):
         """Keeps x's dtype; statistics in float32."""
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return (x32 * scale).astype(x.dtype) * along_last(self.weight[...], x)
 
 
 def layer_norm(x: jax.Array, *, eps: float) -> jax.Array:

@@ -6,6 +6,7 @@ attention run in the dtype of the weights; the residual stream has the weights' 
 as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from wan22_jax.model.attention import attend
-from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, layer_norm
+from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, layer_norm
 from wan22_jax.model.rope import apply_rope, rope_angles
 
 
@@ -100,6 +101,20 @@ class WanTransformer(nnx.Module):
         x_BLD, _ = jax.lax.scan(run_block, x_BLD, layers)
         return self.head(x_BLD, time_BTD, grid_TYX)
 
+    def lora_targets(self) -> Iterator[tuple[str, Linear]]:
+        """Yields the path and the (stacked) layer of each linear of the blocks, sorted by path."""
+        linears = {
+            ".".join(["blocks", *map(str, path)]): node
+            for path, node in nnx.iter_graph(self.blocks)
+            if isinstance(node, Linear)
+        }
+        yield from sorted(linears.items())
+
+    def add_lora(self, key: Array, *, rank: int, alpha: float) -> None:
+        """Attaches a fresh float32 adapter to the ten linears of every block."""
+        for index, (_, linear) in enumerate(self.lora_targets()):
+            linear.add_lora(jax.random.fold_in(key, index), rank=rank, alpha=alpha)
+
     def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
         # The zero rows go through the MLP and become a constant that every query attends to.
         padding = self.config.text_len - text_BSE.shape[1]
@@ -138,7 +153,7 @@ class PatchEmbedding(nnx.Module):
         flat_BLP = cells.reshape(B, int(np.prod(grid_TYX)), C * rows * columns)
         weight_DP = self.weight[...].reshape(dim, -1).astype(flat_BLP.dtype)
         x_BLD = jnp.dot(flat_BLP, weight_DP.T, precision=jax.lax.Precision.HIGHEST)
-        return x_BLD + self.bias[...].astype(flat_BLP.dtype), grid_TYX
+        return x_BLD + along_last(self.bias[...], x_BLD), grid_TYX
 
 
 class Block(nnx.Module):

@@ -1,0 +1,169 @@
+"""The train step: from a batch and a seed to the next state.
+
+Every draw (noise level, noise, task) is a function of (seed, step, position in the global batch),
+so that a resumed run repeats nothing and stores no random state.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Sharding
+from jaxtyping import Array, Float
+
+from wan22_jax.batch import Batch
+from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
+from wan22_jax.model.lora import LoRAParam
+from wan22_jax.model.transformer import WanTransformer
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step; the frozen weights are not part of it."""
+
+    step: jax.Array  # int32, steps done
+    trainable: nnx.State
+    opt_state: optax.OptState
+
+
+class Draws(NamedTuple):
+    """What one training example adds to its clip."""
+
+    noise_TYXC: Float[Array, "T Y X C"]
+    sigma_T: Float[Array, " T"]  # 0 on a given frame
+    weight_T: Float[Array, " T"]  # 1 on frames that are trained, 0 on a given frame
+
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+
+
+def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns the structure, the trainable adapter and the frozen rest."""
+    graphdef, trainable, frozen = nnx.split(model, LoRAParam, ...)
+    return graphdef, trainable, frozen
+
+
+def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """Makes the state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def draw_example(
+    key: Array,
+    *,
+    sigma_grid: Float[Array, " G"],
+    shape_TYXC: tuple[int, ...],
+    i2v_fraction: float,
+) -> Draws:
+    """Draws noise level, noise and task of one example.
+
+    With probability ``i2v_fraction`` the example trains image-to-video as the model is used for
+    it (spec 4.5): latent frame 0 stays clean, its sigma is 0 and it is left out of the loss. An
+    image has no second frame to train, so it is always text-to-image.
+    """
+    sigma_key, noise_key, task_key = jax.random.split(key, 3)
+    num_frames = shape_TYXC[0]
+    fraction = i2v_fraction if num_frames > 1 else 0.0
+    is_i2v = jax.random.uniform(task_key) < fraction
+    weight_T = jnp.where((jnp.arange(num_frames) == 0) & is_i2v, 0.0, 1.0)
+    return Draws(
+        noise_TYXC=jax.random.normal(noise_key, shape_TYXC, jnp.float32),
+        sigma_T=weight_T * sample_sigma(sigma_grid, sigma_key),
+        weight_T=weight_T,
+    )
+
+
+def loss_fn(
+    trainable: nnx.State,
+    frozen: nnx.State,
+    latents_BTYXC: Float[Array, "B T Y X C"],
+    text_BSE: Float[Array, "B S E"],
+    draws: Draws,
+    *,
+    graphdef: nnx.GraphDef,
+    remat: bool,
+) -> Float[Array, ""]:
+    """The mean over examples of the velocity error; ``draws`` has a leading batch axis."""
+    model = nnx.merge(graphdef, trainable, frozen)
+    clean_BTYXC = latents_BTYXC.astype(jnp.float32)
+    noisy_BTYXC = add_noise(clean_BTYXC, draws.noise_TYXC, draws.sigma_T)
+    velocity_BTYXC = model(noisy_BTYXC, draws.sigma_T, text_BSE, remat=remat)
+    return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
+
+
+def train_step(
+    state: TrainState,
+    frozen: nnx.State,
+    batch: Batch,
+    key: Array,
+    sigma_grid: Float[Array, " G"],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    i2v_fraction: float,
+    remat: bool,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step over the accumulated micro-batches; returns loss and gradient norm.
+
+    Args:
+        state: donated by ``compile_train_step``.
+        frozen: the base weights, read only.
+        batch: see ``Batch``; the gradient is the mean over its accumulation axis.
+        key: made from the seed alone; the step number is folded in here.
+        sigma_grid: see ``flow.sigma_grid``.
+        graphdef: structure of the model, from ``split_model``.
+        optimizer: as given to ``init_state``.
+        i2v_fraction: share of image-to-video examples.
+        remat: recompute the blocks in the backward pass.
+    """
+    num_accumulate, batch_size = batch.latents_ABTYXC.shape[:2]
+    step_key = jax.random.fold_in(key, state.step)
+    grad_fn = jax.value_and_grad(partial(loss_fn, graphdef=graphdef, remat=remat))
+
+    def accumulate(grads: nnx.State, micro: tuple[Array, ...]) -> tuple[nnx.State, Array]:
+        latents_BTYXC, text_BSE, index = micro
+        positions_B = index * batch_size + jnp.arange(batch_size)
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
+        draw = partial(
+            draw_example,
+            sigma_grid=sigma_grid,
+            shape_TYXC=latents_BTYXC.shape[1:],
+            i2v_fraction=i2v_fraction,
+        )
+        draws = jax.vmap(draw)(keys_B)
+        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws)
+        return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    micros = (*map(jnp.asarray, batch), jnp.arange(num_accumulate))
+    grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
+    metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, trainable, opt_state), metrics
+
+
+def compile_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    i2v_fraction: float,
+    remat: bool,
+    sharding: Sharding,
+) -> TrainStep:
+    """Jits ``train_step`` (state, frozen, batch, key, sigma_grid); compiles once per batch shape.
+
+    The state is donated; explicit output shardings keep the second step from compiling again.
+    """
+    step = partial(
+        train_step,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        i2v_fraction=i2v_fraction,
+        remat=remat,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
