@@ -19,13 +19,12 @@ def write_mp4(
     The file appears under its name when it is complete, and not at all when anything fails.
 
     Args:
-        path: of the file; an existing one is replaced.
+        path: of the file, in a folder that exists; an existing file is replaced.
         chunks: pieces of the clip, uint8 [T, Y, X, 3].
         width_px: of every frame, even.
         height_px: of every frame, even.
         fps: frames a second.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with av.open(
