@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("wan22_jax").setLevel(logging.INFO)
+    logger = logging.getLogger("wan22_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.propagate = False  # a library may have set up the root logger in its own format
     return run_command(
         lambda: train(args.config, args.overrides, resume=args.resume_from_checkpoint)
     )

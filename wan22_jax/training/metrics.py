@@ -91,10 +91,9 @@ class Progress:
                 f"{', '.join(report.clips)}); lower lr and resume from the last checkpoint"
             )
         self._epoch_losses.append(values["loss"])
-        kept = SMOOTHING if math.isfinite(self._average_loss) else 0.0
-        self._average_loss = (
-            kept * (self._average_loss if kept else 0) + (1 - kept) * values["loss"]
-        )
+        if self._average_loss is None:
+            self._average_loss = values["loss"]
+        self._average_loss += (1 - SMOOTHING) * (values["loss"] - self._average_loss)
         line = {"epoch": report.epoch, "avr_loss": f"{self._average_loss:.4f}"}
         if is_timed:
             line |= {"s/step": f"{seconds:.3f}", "tokens/s": f"{report.num_tokens / seconds:,.0f}"}
