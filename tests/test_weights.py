@@ -182,7 +182,7 @@ def test_set_parameters_needs_every_name():
     module = abstract("t5")
     arrays = {name: jnp.zeros(shape) for name, shape in stacked_shapes(module).items()}
     del arrays["norm.weight"]
-    with pytest.raises(KeyError, match="norm.weight"):
+    with pytest.raises(KeyError, match=r"norm\.weight"):
         set_parameters(module, arrays)
 
 
