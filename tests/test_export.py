@@ -22,7 +22,6 @@ from wan22_jax.adapter import (
     TARGETS,
     Adapter,
     attach_adapter,
-    find_linear,
     from_comfyui,
     load_adapter,
     to_comfyui,
@@ -74,11 +73,10 @@ def trained(model: WanTransformer) -> WanTransformer:
     """A model with a live adapter, as training leaves it: alpha != rank and B != 0."""
     live = nnx.clone(model)
     matrices = make_matrices(dim=24, ffn_dim=40, num_layers=3, rank=RANK)
-    for number, target in enumerate(TARGETS):
-        linear = find_linear(live, target)
-        linear.add_lora(jax.random.key(number), rank=RANK, alpha=ALPHA, dtype=jnp.dtype("float32"))
+    live.add_lora(jax.random.key(2), rank=RANK, alpha=ALPHA)
+    for path, linear in live.lora_targets():
         assert linear.lora_B is not None
-        linear.lora_B[...] = jnp.asarray(matrices[f"blocks.{target}.lora_B"])
+        linear.lora_B[...] = jnp.asarray(matrices[f"{path}.lora_B"])
     return live
 
 
@@ -110,6 +108,10 @@ def test_names_are_the_600_of_comfyui():
     assert len(tensors) == 600
     assert tensors["diffusion_model.blocks.29.ffn.0.lora_A.weight"].shape == (1, 2)
     assert tensors["diffusion_model.blocks.29.ffn.0.lora_B.weight"].shape == (3, 1)
+
+
+def test_targets_are_the_linears_of_the_blocks(model: WanTransformer):
+    assert {path for path, _ in model.lora_targets()} == {f"blocks.{t}" for t in TARGETS}
 
 
 def test_alpha_is_written_exactly_when_it_is_not_the_rank():
@@ -155,16 +157,15 @@ def test_strength_scales_the_adapter_and_attaching_again_replaces_it(
     loaded = nnx.clone(model)
     attach_adapter(loaded, adapter, strength=0.5)
     halved = nnx.clone(trained)
-    for target in TARGETS:
-        linear = find_linear(halved, target)
+    for _, linear in halved.lora_targets():
         assert linear.lora_scale == ALPHA / RANK
         linear.lora_scale = 0.5 * linear.lora_scale
     np.testing.assert_array_equal(predict(loaded), predict(halved))
     assert np.abs(predict(loaded) - predict(trained)).max() > 1e-2
     only_q = {name: m for name, m in adapter.matrices.items() if ".self_attn.q." in name}
     attach_adapter(loaded, replace(adapter, matrices=only_q))
-    adapted = [t for t in TARGETS if find_linear(loaded, t).lora_A is not None]
-    assert adapted == ["self_attn.q"]
+    adapted = [path for path, linear in loaded.lora_targets() if linear.lora_A is not None]
+    assert adapted == ["blocks.self_attn.q"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
     out = tmp_path / "new" / "lora.safetensors"
     export_adapter(run_dir, out, dtype=dtype)
     tensors = safetensors.numpy.load_file(out)
-    live = find_linear(trained, "cross_attn.v").lora_B
+    live = dict(trained.lora_targets())["blocks.cross_attn.v"].lora_B
     assert live is not None
     wanted = np.asarray(live[...])[2].astype(jnp.dtype(stored))
     tensor = tensors["diffusion_model.blocks.2.cross_attn.v.lora_B.weight"]
@@ -340,7 +341,7 @@ def test_adapter_of_another_size_is_not_attached(num_layers: int, model: WanTran
             target,
             make_adapter(matrices={n: m for n, m in matrices.items() if ".ffn.0" in n}),
         )
-    assert find_linear(target, "ffn.0").lora_A is None
+    assert dict(target.lora_targets())["blocks.ffn.0"].lora_A is None
 
 
 def test_command_reports_one_line(run_dir: Path, tmp_path: Path, capsys):

@@ -10,7 +10,6 @@ In memory the layers are stacked: ``blocks.self_attn.q.lora_A`` [N, rank, in]. T
 bijection: a name that it does not produce is an error, and so is one that it misses.
 """
 
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 
 from wan22_jax.checkpoint import read_trainable
 from wan22_jax.errors import BadInput
-from wan22_jax.model.linear import Linear
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.transformer import WanTransformer
 
@@ -82,12 +80,12 @@ def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float =
     Raises:
         BadInput: a matrix does not fit the model (another model, another number of layers).
     """
-    linears = {target: find_linear(model, target) for target in TARGETS}
+    linears = dict(model.lora_targets())
     expected = {}
-    for target, linear in linears.items():
+    for path, linear in linears.items():
         num_layers, num_out, num_in = linear.weight.shape
-        expected[f"blocks.{target}.lora_A"] = (num_layers, adapter.rank, num_in)
-        expected[f"blocks.{target}.lora_B"] = (num_layers, num_out, adapter.rank)
+        expected[f"{path}.lora_A"] = (num_layers, adapter.rank, num_in)
+        expected[f"{path}.lora_B"] = (num_layers, num_out, adapter.rank)
     problems = [
         f"{name} is {list(matrix.shape)}, the model takes {list(expected[name])}"
         for name, matrix in adapter.matrices.items()
@@ -95,19 +93,14 @@ def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float =
     ]
     if problems:
         raise BadInput(
-            f"the LoRA does not fit this model ({_list(problems)}); is it for {BASE_MODEL}?"
+            f"the LoRA does not fit this model, is it for {BASE_MODEL}? {_list(problems)}"
         )
-    for target, linear in linears.items():
-        matrices = [adapter.matrices.get(f"blocks.{target}.lora_{side}") for side in "AB"]
+    for path, linear in linears.items():
         linear.lora_A, linear.lora_B = (
-            None if matrix is None else LoRAParam(jnp.asarray(matrix)) for matrix in matrices
+            LoRAParam(jnp.asarray(adapter.matrices[name])) if name in adapter.matrices else None
+            for name in (f"{path}.lora_A", f"{path}.lora_B")
         )
         linear.lora_scale = strength * adapter.alpha / adapter.rank
-
-
-def find_linear(model: WanTransformer, target: str) -> Linear:
-    """Returns the stacked linear of one of TARGETS."""
-    return functools.reduce(getattr, target.split("."), model.blocks)
 
 
 def to_comfyui(adapter: Adapter) -> dict[str, np.ndarray]:
