@@ -1,7 +1,9 @@
 """wan22-sample: sizes, pictures and files; what it refuses; the whole command on tiny networks."""
 
 import errno
+import gc
 import types
+import weakref
 
 import av
 import jax
@@ -136,7 +138,9 @@ def make_random(network, config):
 @pytest.fixture
 def model(monkeypatch, tmp_path, transformer, vae):
     """Puts tiny networks in place of a model folder; returns what they were asked for."""
-    asked = types.SimpleNamespace(prompts=[], dtypes=[], digests=[], adapters=[], sampled=[])
+    asked = types.SimpleNamespace(
+        prompts=[], dtypes=[], digests=[], adapters=[], sampled=[], loaded=[]
+    )
 
     def read_model_card(folder):
         if folder != tmp_path / "model":
@@ -157,7 +161,14 @@ def model(monkeypatch, tmp_path, transformer, vae):
 
     def load_transformer(_, *, dtype):
         asked.dtypes.append(dtype)
-        return transformer
+        return load(transformer)
+
+    def load(network):
+        assert all(loaded() is None for loaded in asked.loaded), "two networks in memory"
+        graphdef, state = nnx.split(network)
+        state = jax.tree.map(jnp.copy, state)
+        asked.loaded.append(weakref.ref(jax.tree.leaves(state)[-1]))
+        return nnx.merge(graphdef, state)
 
     def load_adapter(path, *, base_digest):
         asked.digests.append(base_digest)
@@ -174,13 +185,15 @@ def model(monkeypatch, tmp_path, transformer, vae):
     monkeypatch.setattr(command, "load_text_encoder", load_text_encoder)
     monkeypatch.setattr(command, "encode_text", encode_text)
     monkeypatch.setattr(command, "load_transformer", load_transformer)
-    monkeypatch.setattr(command, "load_vae", lambda _: vae)
+    monkeypatch.setattr(command, "load_vae", lambda _: load(vae))
     monkeypatch.setattr(command, "load_adapter", load_adapter)
     monkeypatch.setattr(command, "attach_adapter", lambda _, lora: asked.adapters.append(lora))
     monkeypatch.setattr(command, "sample_latents", sample_latents)
     asked.flags = ["--model", str(tmp_path / "model"), "--prompt", "a red ball"]
     asked.flags += ["--out", str(tmp_path / "new" / "out.mp4"), "--steps", "2"]
-    return asked
+    gc.disable()  # so that only what the command frees is free
+    yield asked
+    gc.enable()
 
 
 def run(*flags):
@@ -228,6 +241,7 @@ def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
     np.testing.assert_allclose(model.latents[:, :1], wanted, atol=1e-5)
     assert np.abs(wanted).max() > 0.1
     assert np.abs(model.latents[:, 1:]).max() > 0.1
+    assert len(model.loaded) == 3
 
 
 @pytest.mark.parametrize(

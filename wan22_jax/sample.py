@@ -4,12 +4,14 @@ One network is in device memory at a time: text encoder, (VAE for the picture,) 
 """
 
 import argparse
+import gc
 import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ from wan22_jax.model_folder import (
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
+
+Network = TypeVar("Network")
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -143,7 +147,7 @@ def _choose_frame(args: argparse.Namespace) -> tuple[Bucket, np.ndarray | None]:
 
 def _encode_prompts(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = load_tokenizer(tokenizer_folder(args.model))
-    encoder = load_text_encoder(args.model, dtype=DTYPES[args.dtype])
+    encoder = _load_alone(load_text_encoder, args.model, dtype=DTYPES[args.dtype])
     prompts = [args.prompt, args.negative_prompt or NEGATIVE_PROMPT]
     text_BSE, negative_BSE = (
         pad_text([text_SE]) for text_SE in encode_text(encoder, tokenizer, prompts)
@@ -152,7 +156,7 @@ def _encode_prompts(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encode_frame(model: Path, frame_BTYX3: np.ndarray) -> jax.Array:
-    return next(load_vae(model).encode_chunks([jnp.asarray(frame_BTYX3)]))
+    return next(_load_alone(load_vae, model).encode_chunks([jnp.asarray(frame_BTYX3)]))
 
 
 def _denoise(
@@ -165,7 +169,7 @@ def _denoise(
     key: jax.Array,
     first_frame: jax.Array | None,
 ) -> jax.Array:
-    transformer = load_transformer(args.model, dtype=DTYPES[args.dtype])
+    transformer = _load_alone(load_transformer, args.model, dtype=DTYPES[args.dtype])
     if adapter is not None:
         attach_adapter(transformer, adapter)
     return sample_latents(
@@ -184,8 +188,13 @@ def _denoise(
 
 
 def _decode(model: Path, latents_BTYXC: jax.Array) -> Iterator[np.ndarray]:
-    for video_BTYX3 in load_vae(model).decode_chunks(latents_BTYXC):
+    for video_BTYX3 in _load_alone(load_vae, model).decode_chunks(latents_BTYXC):
         yield quantise_video(video_BTYX3)[0]
+
+
+def _load_alone(load: Callable[..., Network], model: Path, **options: object) -> Network:
+    gc.collect()  # NNX modules are cyclic: the network before would keep its device memory
+    return load(model, **options)
 
 
 def _say(line: str) -> None:
