@@ -11,19 +11,21 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
@@ -44,19 +46,23 @@ from wan22_jax.weights import (
     stored_dtype,
 )
 
-_CHUNK_BYTES = 2**28  # a larger tensor (the token embedding) is cut by rows
+_WORKERS = 2  # each holds two copies of the tensor it is copying
+_CHUNK_BYTES = 2**27  # a larger tensor (the token embedding) is cut by rows
 _SPARE_BYTES = 2**26  # for the metadata
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-convert", description=__doc__)
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="official or Diffusers folder")
+    parser.add_argument(
+        "--ckpt_path", type=Path, required=True, help="official or Diffusers folder"
+    )
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --out")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave the GPU to others
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of files that this format has not
 
     def command() -> None:
         card = convert(args.ckpt_path, args.out, dtype=args.dtype, overwrite=args.overwrite)
@@ -111,9 +117,7 @@ def _plan(source: Checkpoint, dtype: jnp.dtype) -> dict[Network, Plan]:
             lambda: WanTransformer(source.transformer_config, rngs=nnx.Rngs(0))
         ),
         "vae": nnx.eval_shape(lambda: WanVAE(source.vae_config, rngs=nnx.Rngs(0))),
-        "text_encoder": nnx.eval_shape(
-            lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))
-        ),
+        "text_encoder": nnx.eval_shape(lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))),
     }
     for network, module in modules.items():
         check_tensors(getattr(source, network), network, parameter_shapes(module))
@@ -191,24 +195,34 @@ def _write(
 def _write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) -> list[str]:
     """Writes one Orbax checkpoint; returns a line with name, dtype, shape and hash per tensor."""
     _reserve(path, plan)
-    lines = []
+    jobs: list[tuple[str, ts.TensorStore]] = []
     for stacked_name, leaf in plan.items():
-        array = ts.open(
-            {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / stacked_name)}},
-            open=True,
-        ).result()
-        for layer, name in enumerate(official_names(stacked_name, leaf.shape)):
-            target = array[layer] if is_stacked(stacked_name) else array
-            step = array.chunk_layout.write_chunk.shape[0]
-            digest = hashlib.sha256()
-            for rows in _split_rows(tensors.shapes[name][0], step, is_stacked(stacked_name)):
-                block = np.ascontiguousarray(tensors.read(name, rows).astype(leaf.dtype))
-                writing = target[rows].write(block)
-                digest.update(block.view(np.uint8))
-                writing.result()
-                bar.update(block.nbytes)
-            lines.append(f"{name} {leaf.dtype} {list(target.shape)} {digest.hexdigest()}")
+        array = _open_array(path / stacked_name)
+        names = official_names(stacked_name, leaf.shape)
+        parts = (
+            [array[layer] for layer in range(len(names))] if is_stacked(stacked_name) else [array]
+        )
+        jobs += zip(names, parts, strict=True)
+    lines = []
+    with ThreadPoolExecutor(_WORKERS) as workers:
+        for line, num_bytes in workers.map(lambda job: _copy_tensor(tensors, *job), jobs):
+            lines.append(line)
+            bar.update(num_bytes)
     return sorted(lines)
+
+
+def _copy_tensor(tensors: OfficialTensors, name: str, target: ts.TensorStore) -> tuple[str, int]:
+    dtype, shape = target.dtype.numpy_dtype, target.shape
+    step = target.chunk_layout.read_chunk_template.shape[0]
+    digest = hashlib.sha256()
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        block = np.ascontiguousarray(tensors.read(name, rows).astype(dtype, copy=False))
+        writing = target[rows].write(block)
+        digest.update(memoryview(block.view(np.uint8)))
+        writing.result()
+    line = f"{name} {dtype} {list(shape)} {digest.hexdigest()}"
+    return line, math.prod(shape) * dtype.itemsize
 
 
 def _reserve(path: Path, plan: Plan) -> None:
@@ -218,7 +232,8 @@ def _reserve(path: Path, plan: Plan) -> None:
     and restored by Orbax as if it had written them.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, _EmptyArrays(deepcopy_host_arrays=False))
+        (np.ndarray, _EmptyArrays(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
     )
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_compression=False, type_handler_registry=registry
@@ -237,10 +252,20 @@ def _reserve(path: Path, plan: Plan) -> None:
 
 
 class _EmptyArrays(ocp.type_handlers.NumpyHandler):
+    """Creates arrays as NumpyHandler does, and leaves them empty."""
+
     async def _open_and_write(
-        self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context
+        self,
+        value: np.ndarray,  # noqa: ARG002
+        tspec: dict[str, Any],
+        ts_context: ts.Context,
     ) -> None:
         await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+
+
+def _open_array(path: Path) -> ts.TensorStore:
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+    return ts.open(spec, open=True).result()
 
 
 @contextlib.contextmanager
@@ -251,12 +276,6 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-
-
-def _split_rows(num_rows: int, step: int, whole: bool) -> list[slice]:
-    if whole:
-        return [slice(0, num_rows)]
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def _digest(parts: Sequence[str]) -> str:

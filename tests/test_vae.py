@@ -182,6 +182,12 @@ def test_bfloat16_stays_near_float32(vae, golden):
     assert 1e-4 < _rms_error(video, golden["video_5"]) < 0.02
 
 
+def test_float32_convolutions_are_not_tf32(vae):
+    with jax.default_matmul_precision("default"):
+        jaxpr = jax.make_jaxpr(vae.conv1)(_draw((1, 1, 2, 2, 12)))
+    assert "Precision.HIGHEST" in str(jaxpr)
+
+
 def test_full_size_has_the_official_names_and_shapes():
     abstract = nnx.eval_shape(lambda: WanVAE(WAN22_VAE, rngs=nnx.Rngs(0)))
     shapes = {

@@ -35,9 +35,9 @@ def write_official_folder(
     vae: VAEConfig = TINY_VAE,
     text_encoder: UMT5Config = TINY_TEXT_ENCODER,
 ) -> None:
-    """Writes every file of the official repository (safetensors for .pth) but the tokenizer's model.
+    """Writes the files of the official repository, safetensors in the place of .pth.
 
-    The tokenizer's folder is made with a placeholder; whoever needs to tokenise replaces it.
+    The tokenizer is an empty placeholder; whoever needs to tokenise replaces it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {

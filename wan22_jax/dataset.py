@@ -1,7 +1,7 @@
 """What does a dataset file ask for: which folders, which buckets, which caches?"""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wan22_jax.config import DatasetConfig, DirectoryConfig, load_dataset
 from wan22_jax.data.buckets import BucketRule, make_rule
@@ -24,7 +24,7 @@ class Directory(NamedTuple):
     """One ``[[directory]]``, with what it takes over from the top of the file."""
 
     path: Path
-    num_repeats: float
+    num_repeats: float | int
     rule: BucketRule
 
     @property
@@ -49,7 +49,7 @@ def read_directories(dataset_file: Path) -> list[Directory]:
     return directories
 
 
-def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float]]:
+def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float | int]]:
     """Opens every directory's cache, each with its ``num_repeats``.
 
     Args:
@@ -68,5 +68,5 @@ def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float
     ]
 
 
-def _inherit(name: str, own: DirectoryConfig, dataset: DatasetConfig) -> object:
+def _inherit(name: str, own: DirectoryConfig, dataset: DatasetConfig) -> Any:
     return getattr(own if name in own.model_fields_set else dataset, name)

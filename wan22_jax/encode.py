@@ -25,6 +25,7 @@ from wan22_jax.data.cache import (
     make_latents_key,
     make_text_key,
     name_encoders,
+    open_writer,
 )
 from wan22_jax.data.folder import SourceClip, survey_folder
 from wan22_jax.data.video import read_clip
@@ -51,7 +52,7 @@ class Work(NamedTuple):
     cache: CacheWriter
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-cache", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the training TOML file")
@@ -59,8 +60,7 @@ def main() -> int:
         "--regenerate_cache", action="store_true", help="encode everything again from scratch"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
-    arguments = parser.parse_args()
-    return run_command(lambda: _run(parser.parse_args()))
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False) -> None:
@@ -80,8 +80,8 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
     with ExitStack() as stack:
         jobs = []
         for directory, clips in zip(directories, surveys, strict=True):
-            cache = CacheWriter(directory.cache_folder, encoders=encoders, regenerate=regenerate)
-            jobs.append(Work(directory, clips, stack.enter_context(cache)))
+            writer = open_writer(directory.cache_folder, encoders=encoders, regenerate=regenerate)
+            jobs.append(Work(directory, clips, stack.enter_context(writer)))
         for work in jobs:
             _check_space(work)
         _encode_captions(jobs, model)

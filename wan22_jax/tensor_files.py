@@ -31,7 +31,8 @@ class SafetensorsFiles:
     """The tensors of one safetensors file, or of a folder of shards.
 
     In a folder, the shards are those that its index names, or else every safetensors file; only
-    files whose names start with ``prefix`` count. Raises BadInput if there is no such file, one is cut short or a name comes twice.
+    files whose names start with ``prefix`` count. Raises BadInput if there is no such file, one
+    is cut short or a name comes twice.
     """
 
     def __init__(self, where: Path, *, prefix: str = ""):
@@ -76,7 +77,7 @@ def _list_shards(where: Path, prefix: str) -> list[Path]:
     if not indexes:
         shards = sorted(where.glob(prefix + "*.safetensors"))
         if not shards:
-            raise BadInput(f"{where}: no {prefix}*.safetensors in this folder; download the model again")
+            raise BadInput(f"{where}: no {prefix}*.safetensors here; download the model again")
         return shards
     try:
         names = set(json.loads(indexes[0].read_text())["weight_map"].values())

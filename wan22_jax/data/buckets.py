@@ -17,7 +17,7 @@ from wan22_jax.data.video import MediaInfo
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import FPS, SIZE_MULTIPLE, Bucket, check_bucket
 
-Side = int | float
+Side = float | int
 
 
 class BucketRule(NamedTuple):
@@ -41,8 +41,8 @@ def make_rule(
     resolutions: Sequence[Side | Sequence[Side]] | None,
     frame_buckets: Sequence[int],
     enable_ar_bucket: bool = False,
-    min_ar: float | None = None,
-    max_ar: float | None = None,
+    min_ar: float | int | None = None,
+    max_ar: float | int | None = None,
     num_ar_buckets: int | None = None,
     ar_buckets: Sequence[Side | Sequence[Side]] | None = None,
     size_buckets: Sequence[Sequence[int]] | None = None,
@@ -126,8 +126,8 @@ def _list_sizes(sizes: Sequence[Sequence[int]], source: str) -> tuple[tuple[floa
 
 
 def _list_ratios(
-    min_ar: float | None,
-    max_ar: float | None,
+    min_ar: float | int | None,
+    max_ar: float | int | None,
     num_ar_buckets: int | None,
     ar_buckets: Sequence[Side | Sequence[Side]] | None,
     source: str,

@@ -18,17 +18,17 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from wan22_jax.batch import CachedClip
 from wan22_jax.errors import BadInput
@@ -37,6 +37,7 @@ from wan22_jax.geometry import Bucket
 CACHE_FOLDER = Path("cache", "wan2.2_5b")  # below the clips' folder, as in diffusion-pipe
 SHARD_BYTES = 2**30  # few enough files for a million clips
 VERSION = 1  # of the layout above and of the way from file to pixels (data/video.py)
+_HEADER, _MANIFEST = "cache.json", "clips.json"
 REMEDY = "run wan22-cache on this dataset"
 
 
@@ -71,10 +72,14 @@ class Cache:
         self.folder = folder
         self.clips = tuple(clips)
         rows: dict[str, int] = {}
-        shards = []
+        shards, num_rows = [], 0
         for path, keys in _list_shards(folder):
-            rows.update(zip(keys, range(len(rows), len(rows) + len(keys)), strict=True))
+            rows |= {key: num_rows + position for position, key in enumerate(keys)}
+            num_rows += len(keys)
             shards.append(f"{path}[0:{len(keys)}]")  # a length given here is not read from disk
+        for clip in clips:
+            if not {clip.latents_key, clip.text_key} <= rows.keys():
+                raise BadInput(f"{folder}: has no record of {clip.file}; {REMEDY}")
         self._rows = rows
         self._records = ArrayRecordDataSource(shards)
 
@@ -82,16 +87,15 @@ class Cache:
         """Reads one clip; bfloat16, as stored.
 
         Raises:
-            BadInput: its record is damaged or gone.
+            BadInput: its record is damaged.
         """
         try:
             latents, text = (
-                load(self._records[self._rows[key]])["array"]
-                for key in (clip.latents_key, clip.text_key)
+                _unpack(self._records[self._rows[key]]) for key in (clip.latents_key, clip.text_key)
             )
-        except (RuntimeError, ValueError, IndexError, KeyError, SafetensorError) as error:
+        except (RuntimeError, ValueError, IndexError, SafetensorError) as error:
             raise BadInput(
-                f"{self.folder}: the record of {clip.file} is damaged or gone ({error}); "
+                f"{self.folder}: the record of {clip.file} is damaged ({error}); "
                 "run wan22-cache with --regenerate_cache"
             ) from None
         return CachedClip(latents, text)
@@ -108,7 +112,7 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
     Raises:
         BadInput: no complete cache, or one made by other encoders or for other buckets.
     """
-    manifest = folder / "clips.json"
+    manifest = folder / _MANIFEST
     if not manifest.is_file():
         raise BadInput(f"{folder}: holds no complete cache; {REMEDY}")
     _check_encoders(folder, encoders)
@@ -123,43 +127,44 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
     return Cache(folder, clips)
 
 
+@contextmanager
+def open_writer(
+    folder: Path, *, encoders: str, regenerate: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Iterator["CacheWriter"]:
+    """Opens or starts a cache for writing, for one process at a time.
+
+    Args:
+        folder: made if it does not exist.
+        encoders: ``name_encoders`` of the model in use.
+        regenerate: drop what is there first.
+        shard_bytes: size at which pending records become a shard.
+
+    Raises:
+        BadInput: another process is writing, other encoders made what is there, or the folder
+            cannot be written.
+    """
+    lock = _make_and_lock(folder)
+    try:
+        if regenerate:
+            _clear(folder)
+        if (folder / _HEADER).is_file():
+            _check_encoders(folder, encoders)
+        else:
+            header = {"format": "wan22_jax cache", "version": VERSION, "encoders": encoders}
+            _write_json(folder / _HEADER, header)
+        yield CacheWriter(folder, shard_bytes=shard_bytes)
+    finally:
+        os.close(lock)
+
+
 class CacheWriter:
-    """Adds records to a cache folder; a context that one process at a time may hold."""
+    """Adds records to a cache folder that ``open_writer`` holds."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        encoders: str,
-        regenerate: bool = False,
-        shard_bytes: int = SHARD_BYTES,
-    ):
-        """Opens or starts the cache, and takes up what a killed run left.
-
-        Args:
-            folder: made if it does not exist.
-            encoders: ``name_encoders`` of the model in use.
-            regenerate: drop what is there first.
-            shard_bytes: size at which pending records become a shard.
-
-        Raises:
-            BadInput: another process is writing, other encoders made what is there, or the folder
-                cannot be written.
-        """
+    def __init__(self, folder: Path, *, shard_bytes: int):
         self.folder = folder
         self._pending = folder / "pending"
         self._shard_bytes = shard_bytes
-        self._lock = _make_and_lock(folder)
-        if regenerate:
-            _clear(folder)
         self._pending.mkdir(exist_ok=True)
-        header = folder / "cache.json"
-        if header.is_file():
-            _check_encoders(folder, encoders)
-        else:
-            _write_json(
-                header, {"format": "wan22_jax cache", "version": VERSION, "encoders": encoders}
-            )
         for leftover in [*folder.glob("*.partial"), *self._pending.glob("*.partial")]:
             leftover.unlink()
         self._in_shards = {key for _, keys in _list_shards(folder) for key in keys}
@@ -169,17 +174,6 @@ class CacheWriter:
                 path.unlink()
             else:
                 self._waiting[path.stem] = path.stat().st_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._lock)
 
     def __contains__(self, key: str) -> bool:
         return key in self._in_shards or key in self._waiting
@@ -203,7 +197,7 @@ class CacheWriter:
         if self._waiting:
             self._close_shard()
         _write_json(
-            self.folder / "clips.json", {"version": VERSION, "buckets": buckets, "clips": clips}
+            self.folder / _MANIFEST, {"version": VERSION, "buckets": buckets, "clips": clips}
         )
 
     def _close_shard(self) -> None:
@@ -236,7 +230,7 @@ def _list_shards(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def _check_encoders(folder: Path, encoders: str) -> None:
-    header = json.loads((folder / "cache.json").read_text("utf-8"))
+    header = json.loads((folder / _HEADER).read_text("utf-8"))
     if header["version"] != VERSION:
         raise BadInput(
             f"{folder}: has cache version {header['version']}, this program writes {VERSION}; "
@@ -244,9 +238,16 @@ def _check_encoders(folder: Path, encoders: str) -> None:
         )
     if header["encoders"] != encoders:
         raise BadInput(
-            f"{folder}: was made by other encoders ({header['is']}; this model has {encoders}); "
+            f"{folder}: was made by other encoders ({header['encoders']}); "
+            f"this model has {encoders}; "
             "run wan22-cache with --regenerate_cache, or use the model that made it"
         )
+
+
+def _unpack(record: bytes) -> np.ndarray:
+    # safetensors.numpy.load knows bfloat16 in files only.
+    ((_, tensor),) = deserialize(record)
+    return np.frombuffer(tensor["data"], ml_dtypes.bfloat16).reshape(tensor["shape"])
 
 
 def _make_and_lock(folder: Path) -> int:
@@ -267,8 +268,8 @@ def _make_and_lock(folder: Path) -> int:
 
 def _clear(folder: Path) -> None:
     # Only files of ours: diffusion-pipe keeps its own cache in a folder of the same name.
-    (folder / "clips.json").unlink(missing_ok=True)  # first: without it nothing looks complete
-    for pattern in ("[0-9]*.json", "[0-9]*.array_record", "pending/*", "cache.json"):
+    (folder / _MANIFEST).unlink(missing_ok=True)  # first: without it nothing looks complete
+    for pattern in ("[0-9]*.json", "[0-9]*.array_record", "pending/*", _HEADER):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan22_jax.model.attention import attend
+from wan22_jax.model.linear import along_last
 
 
 class History:
@@ -36,7 +37,7 @@ class History:
 
 
 class DownStage(nnx.Module):
-    """Residual blocks and a strided resampling, beside a shortcut that averages."""
+    """Residual blocks and a downsampling, beside a shortcut that averages."""
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class ChannelNorm(nnx.Module):
         """Keeps x's dtype."""
         x32 = x_BTYXC.astype(jnp.float32)
         norm = jnp.maximum(jnp.linalg.norm(x32, axis=-1, keepdims=True), 1e-12)
-        gamma = self.gamma[...].astype(jnp.float32).reshape(1, 1, 1, 1, -1)
+        gamma = along_last(self.gamma[...], x32)
         return (x32 / norm * math.sqrt(x32.shape[-1]) * gamma).astype(x_BTYXC.dtype)
 
 
@@ -236,8 +237,9 @@ class Conv(nnx.Module):
             window_strides=strides,
             padding=((0, 0), space_padding, space_padding),
             dimension_numbers=("NDHWC", "OIDHW", "NDHWC"),
+            precision=jax.lax.Precision.HIGHEST,  # float32 on a GPU too, not TF32
         )
-        return y_BTYXC + self.bias[...].astype(x_BTYXC.dtype).reshape(1, 1, 1, 1, -1)
+        return y_BTYXC + along_last(self.bias[...], y_BTYXC)
 
 
 def _make_blocks(num_in: int, num_out: int, num_blocks: int, *, rngs: nnx.Rngs) -> list[nnx.Module]:

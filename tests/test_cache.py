@@ -1,0 +1,230 @@
+import re
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from wan22_jax.data.cache import (
+    ClipEntry,
+    make_latents_key,
+    make_text_key,
+    name_encoders,
+    open_cache,
+    open_writer,
+)
+from wan22_jax.errors import BadInput, run_command
+from wan22_jax.geometry import Bucket
+
+BUCKET = Bucket(64, 32, 5)
+ENCODERS = name_encoders({"vae": "a" * 64, "text_encoder": "b" * 64, "transformer": "c" * 64})
+
+
+def arrays_of(number):
+    rng = np.random.default_rng(number)
+    return rng.normal(size=(2, 2, 4, 48)).astype(np.float32), rng.normal(size=(number % 5 + 1, 8))
+
+
+def entry_of(number):
+    return ClipEntry(
+        f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), make_text_key(f"{number}")
+    )
+
+
+def add_clip(writer, number):
+    entry = entry_of(number)
+    for key, array in zip((entry.latents_key, entry.text_key), arrays_of(number), strict=True):
+        writer.add(key, array)
+
+
+def fill(folder, numbers, **options):
+    with open_writer(folder, encoders=ENCODERS, **options) as writer:
+        for number in numbers:
+            add_clip(writer, number)
+        writer.finish([entry_of(number) for number in numbers], buckets=[BUCKET])
+
+
+def check_readable(folder, numbers):
+    cache = open_cache(folder, encoders=ENCODERS, buckets=[BUCKET])
+    assert [clip.file for clip in cache.clips] == [f"{number}.mp4" for number in numbers]
+    for number, clip in zip(numbers, cache.clips, strict=True):
+        stored = cache.read(clip)
+        for array, expected in zip(stored, arrays_of(number), strict=True):
+            assert array.dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(array, expected.astype(ml_dtypes.bfloat16))
+
+
+def test_what_is_written_is_read(tmp_path):
+    fill(tmp_path, range(7), shard_bytes=4000)
+    check_readable(tmp_path, range(7))
+    assert len(list(tmp_path.glob("*.array_record"))) > 1  # so reading crossed shards
+    assert not list(tmp_path.glob("pending/*"))
+
+
+def test_shards_are_only_ever_added(tmp_path):
+    fill(tmp_path, range(3))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("0*")}
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        assert all(entry_of(number).latents_key in writer for number in range(3))
+        assert entry_of(3).latents_key not in writer
+        add_clip(writer, 3)
+        writer.finish([entry_of(0), entry_of(3)], buckets=[BUCKET])  # 1 and 2 left the folder
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    check_readable(tmp_path, [0, 3])
+
+
+def test_keys_tell_contents_apart():
+    other = BUCKET._replace(frames=9)
+    assert make_latents_key("a", BUCKET) != make_latents_key("b", BUCKET)
+    assert make_latents_key("a", BUCKET) != make_latents_key("a", other)
+    assert make_text_key("a") != make_text_key("b")
+
+
+def test_unfinished_cache_is_refused_and_continued(tmp_path):
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        add_clip(writer, 0)
+    with pytest.raises(BadInput, match="no complete cache; run wan22-cache"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        assert entry_of(0).latents_key in writer
+        add_clip(writer, 1)
+        writer.finish([entry_of(0), entry_of(1)], buckets=[BUCKET])
+    check_readable(tmp_path, [0, 1])
+
+
+_KILLED = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from test_cache import ENCODERS, add_clip, open_writer
+with open_writer(Path(sys.argv[1]), encoders=ENCODERS, shard_bytes=4000) as writer:
+    for number in range(10**6):
+        add_clip(writer, number)
+        print(number, flush=True)
+"""
+
+
+def test_kill_9_loses_the_clip_in_hand_only(tmp_path):
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        done = [int(child.stdout.readline()) for _ in range(12)]
+        child.send_signal(signal.SIGKILL)
+        done += [int(line) for line in child.communicate()[0].split()]
+        with open_writer(tmp_path, encoders=ENCODERS) as writer:
+            assert all(
+                key in writer
+                for number in done
+                for key in (entry_of(number).latents_key, entry_of(number).text_key)
+            )
+            writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
+        check_readable(tmp_path, done)
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_killed_between_shard_and_tidying_up(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, open_writer(tmp_path, encoders=ENCODERS) as writer:
+        add_clip(writer, 0)
+        patch.setattr("pathlib.Path.unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish([entry_of(0)], buckets=[BUCKET])
+    assert list(tmp_path.glob("pending/*"))
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        assert not list(tmp_path.glob("pending/*"))
+        writer.finish([entry_of(0)], buckets=[BUCKET])
+    check_readable(tmp_path, [0])
+    assert len(list(tmp_path.glob("*.array_record"))) == 1
+
+
+def test_other_encoders_are_named_with_the_remedy(tmp_path):
+    fill(tmp_path, [0])
+    other = name_encoders({"vae": "d" * 64, "text_encoder": "b" * 64})
+    message = f"other encoders .*{'a' * 16}.*{'d' * 16}.*--regenerate_cache"
+    with pytest.raises(BadInput, match=message):
+        open_cache(tmp_path, encoders=other, buckets=[BUCKET])
+    with (
+        pytest.raises(BadInput, match=message),
+        open_writer(tmp_path, encoders=other),
+    ):
+        pass
+    with open_writer(tmp_path, encoders=other, regenerate=True) as writer:
+        assert entry_of(0).latents_key not in writer
+    with pytest.raises(BadInput, match="no complete cache"):
+        open_cache(tmp_path, encoders=other, buckets=[BUCKET])
+
+
+def test_regenerating_keeps_foreign_files(tmp_path):
+    (tmp_path / "metadata").mkdir()  # diffusion-pipe's cache has the same folder
+    (tmp_path / "metadata" / "data.arrow").write_text("theirs")
+    fill(tmp_path, [0, 1])
+    fill(tmp_path, [0], regenerate=True)
+    assert (tmp_path / "metadata" / "data.arrow").exists()
+    check_readable(tmp_path, [0])
+
+
+def test_other_buckets_are_refused(tmp_path):
+    fill(tmp_path, [0])
+    with pytest.raises(BadInput, match=r"cached for 64x32x5, .* asks for 64x32x9; run wan22-cache"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET._replace(frames=9)])
+
+
+def test_two_writers_at_once_are_refused(tmp_path):
+    with (
+        open_writer(tmp_path, encoders=ENCODERS),
+        pytest.raises(BadInput, match="another wan22-cache"),
+        open_writer(tmp_path, encoders=ENCODERS),
+    ):
+        pass
+    fill(tmp_path, [0])  # the lock is gone
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(BadInput, match="cannot be written"),
+        open_writer(tmp_path / "file" / "cache", encoders=ENCODERS),
+    ):
+        pass
+
+
+def test_damage_is_named_when_read(tmp_path):
+    fill(tmp_path, [0])
+    (shard,) = tmp_path.glob("*.array_record")
+    data = bytearray(shard.read_bytes())
+    data[2000:2600] = bytes(600)
+    shard.write_bytes(data)
+    cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*--regenerate_cache"):
+        cache.read(cache.clips[0])
+    shard.unlink()
+    with pytest.raises(BadInput, match=r"array_record: is gone.*--regenerate_cache"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+
+
+@pytest.mark.parametrize("shard_bytes", [4000, 2**30], ids=["in a shard", "in a record"])
+def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", mount],
+        check=False,
+        capture_output=True,
+    )
+    if made.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        code = run_command(lambda: fill(mount, range(1000), shard_bytes=shard_bytes))
+        error = capsys.readouterr().err
+        assert code == 2
+        assert re.fullmatch(r"error: the disk is full while writing \S+; free .*again\n", error)
+        assert not list(mount.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=8m", mount], check=True)
+        with open_writer(mount, encoders=ENCODERS) as writer:
+            done = [n for n in range(100) if all(key in writer for key in entry_of(n)[2:])]
+            assert len(done) >= 5
+            writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
+        check_readable(mount, done)
+    finally:
+        subprocess.run(["umount", "-l", mount], check=False)

@@ -1,0 +1,296 @@
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from make_clips import write_image, write_video
+from tiny_checkpoint import write_official_folder
+from tiny_tokenizer import make_tiny_tokenizer
+
+from convert.weights import main as convert
+from wan22_jax import encode
+from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.loader import make_loader
+from wan22_jax.data.video import probe, read_clip
+from wan22_jax.dataset import open_caches
+from wan22_jax.geometry import Bucket
+from wan22_jax.model_folder import load_text_encoder, load_vae, read_model_card, tokenizer_folder
+from wan22_jax.text import encode_text, load_tokenizer
+
+BUCKET = Bucket(64, 64, 9)
+CAPTIONS = {"a": "a grey square", "b": "ein graues Quadrat — größer", "c": "a still"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two converted models that differ in their weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        official = folder / f"official{seed}"
+        write_official_folder(official, seed=10 * seed)
+        make_tiny_tokenizer(official / "google" / "umt5-xxl", CAPTIONS.values())
+        assert convert(["--ckpt_path", str(official), "--out", str(folder / f"model{seed}")]) == 0
+    return folder
+
+
+class Place:
+    """A data set, its config files and the command."""
+
+    def __init__(self, folder, models):
+        self.clips = folder / "clips"
+        self.clips.mkdir()
+        self.model = models / "model0"
+        self.config = folder / "main.toml"
+        self.dataset = folder / "dataset.toml"
+        self.config.write_text(
+            f"output_dir = 'out'\ndataset = '{self.dataset}'\nepochs = 1\n"
+            f"[model]\nckpt_path = '{self.model}'\n[adapter]\ntype = 'lora'\n"
+        )
+        self.write_dataset("resolutions = [64]\nframe_buckets = [9]")
+
+    def write_dataset(self, keys):
+        self.dataset.write_text(f"{keys}\n[[directory]]\npath = '{self.clips}'\n")
+
+    def fill(self):
+        write_video(self.clips / "a.mp4", 12, size=(96, 64))
+        write_video(self.clips / "b.mp4", 20, fps=30, size=(64, 80), seed=40)
+        write_image(self.clips / "c.png", (70, 64))
+        for stem, caption in CAPTIONS.items():
+            (self.clips / f"{stem}.txt").write_text(f"{caption}\n", encoding="utf-8")
+
+    def run(self, *arguments):
+        return encode.main(["--config", str(self.config), *arguments])
+
+    def open(self):
+        encoders = name_encoders(read_model_card(self.model).digests)
+        return open_caches(self.dataset, encoders=encoders)
+
+    def stored(self):
+        ((cache, _),) = self.open()
+        return {clip.file: (clip.bucket, cache.read(clip)) for clip in cache.clips}
+
+
+@pytest.fixture
+def place(tmp_path, models):
+    return Place(tmp_path, models)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What was encoded: number of captions and of clips."""
+    count = SimpleNamespace(captions=0, clips=0)
+
+    def encode_text_(encoder, tokenizer, prompts):
+        count.captions += sum(prompt != "" for prompt in prompts)
+        return encode_text(encoder, tokenizer, prompts)
+
+    encode_pixels = encode.encode_pixels
+
+    def encode_pixels_(vae, pixels_TYX3):
+        count.clips += 1
+        return encode_pixels(vae, pixels_TYX3)
+
+    monkeypatch.setattr(encode, "encode_text", encode_text_)
+    monkeypatch.setattr(encode, "encode_pixels", encode_pixels_)
+    return count
+
+
+def test_folder_to_cache_to_batch(place, capsys):
+    place.fill()
+    assert place.run() == 0
+    stored = place.stored()
+    assert {file: bucket for file, (bucket, _) in stored.items()} == {
+        "a.mp4": BUCKET,
+        "b.mp4": BUCKET,
+        "c.png": BUCKET._replace(frames=1),
+    }
+    vae, encoder = load_vae(place.model), load_text_encoder(place.model)
+    tokenizer = load_tokenizer(tokenizer_folder(place.model))
+    for file, (bucket, (latents_TYXC, text_SE)) in stored.items():
+        path = place.clips / file
+        pixels_TYX3 = read_clip(path, probe(path), bucket)
+        whole_1TYXC = vae.encode(pixels_TYX3[None].astype(np.float32) / 127.5 - 1)
+        assert latents_TYXC.dtype == text_SE.dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(
+            latents_TYXC.astype(np.float32), whole_1TYXC[0], rtol=2**-7, atol=2e-5
+        )
+        (expected_SE,) = encode_text(encoder, tokenizer, [CAPTIONS[path.stem]])
+        assert text_SE.shape == expected_SE.shape
+        np.testing.assert_allclose(
+            text_SE.astype(np.float32), expected_SE.astype(np.float32), rtol=2e-2, atol=2e-2
+        )
+    loader = make_loader(place.open(), seed=0, micro_batch=2, accumulation=1)
+    assert loader.steps_per_epoch == 1
+    assert set(loader[0].clips) == {"a.mp4", "b.mp4"}
+    table = capsys.readouterr().out
+    assert "64x64x9       2" in table
+    assert str(place.clips / "cache" / "wan2.2_5b") in table
+
+
+def test_only_what_changed_is_encoded(place, counted):
+    place.fill()
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (3, 3)
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (3, 3)
+
+    before = place.stored()
+    (place.clips / "a.txt").write_text("another caption")
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (4, 3)
+    after = place.stored()
+    np.testing.assert_array_equal(after["a.mp4"][1].latents_TYXC, before["a.mp4"][1].latents_TYXC)
+    assert after["a.mp4"][1].text_SE.tolist() != before["a.mp4"][1].text_SE.tolist()
+
+    write_video(place.clips / "a.mp4", 12, size=(96, 64), seed=90)  # other pixels, same name
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (4, 4)
+    changed = place.stored()["a.mp4"][1].latents_TYXC
+    assert changed.tolist() != before["a.mp4"][1].latents_TYXC.tolist()
+
+    (place.clips / "b.mp4").rename(place.clips / "d.mp4")
+    (place.clips / "b.txt").rename(place.clips / "d.txt")
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (4, 4)
+    assert set(place.stored()) == {"a.mp4", "c.png", "d.mp4"}
+
+    place.write_dataset("resolutions = [64, 32]\nframe_buckets = [9]")
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (4, 7)
+
+    assert place.run("--regenerate_cache") == 0
+    assert (counted.captions, counted.clips) == (7, 13)
+
+
+def test_stopped_run_continues(place, counted, monkeypatch):
+    place.fill()
+    spied = encode.encode_pixels
+
+    def stop_at_the_third(vae, pixels_TYX3):
+        if counted.clips == 2:
+            raise KeyboardInterrupt
+        return spied(vae, pixels_TYX3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_pixels", stop_at_the_third)
+        assert place.run() == 130
+    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.json").exists()
+    assert place.run() == 0
+    assert (counted.captions, counted.clips) == (3, 3)
+    assert len(place.stored()) == 3
+
+
+def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
+    place.fill()
+    assert place.run() == 0
+    other = f"model.ckpt_path={models / 'model1'}"
+    assert place.run(other) == 2
+    assert "other encoders" in capsys.readouterr().err
+    assert len(place.stored()) == 3  # the refused run left the old cache whole
+    assert place.run("--regenerate_cache", other) == 0
+    assert (counted.captions, counted.clips) == (6, 6)
+
+
+def _no_caption(place):
+    (place.clips / "a.txt").unlink()
+
+
+def _latin_1(place):
+    (place.clips / "a.txt").write_bytes("größer".encode("latin-1"))
+
+
+def _junk(place):
+    (place.clips / "a.mp4").write_bytes(b"junk")
+
+
+def _short(place):
+    write_video(place.clips / "a.mp4", 8)
+
+
+def _empty_folder(place):
+    shutil.rmtree(place.clips)
+    place.clips.mkdir()
+
+
+def _no_folder(place):
+    shutil.rmtree(place.clips)
+
+
+def _captions_json(place):
+    (place.clips / "captions.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_caption, "a.txt: caption missing; write it"),
+        (_latin_1, "a.txt: is not UTF-8 (byte 2); save it again"),
+        (_junk, "a.mp4: does not decode as a video"),
+        (_short, "a.mp4: too short: 8 frames at 24 fps, the shortest video bucket needs 9"),
+        (_empty_folder, "holds no videos or images; put clips"),
+        (_no_folder, "no such folder; correct path"),
+        (_captions_json, "captions.json: is not supported by this version yet"),
+    ],
+)
+def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spoil, message):
+    place.fill()
+    spoil(place)
+    assert place.run() == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert str(place.clips) in last_line
+    assert message in last_line
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert not (place.clips / "cache").exists()
+
+
+def test_many_problems_are_counted_in_one_line(place, capsys):
+    for number in range(8):
+        (place.clips / f"{number}.mp4").write_bytes(b"junk")
+    assert place.run() == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert "8 of 8 files cannot be used" in last_line
+    assert "4.mp4" in last_line
+    assert "5.mp4" not in last_line
+    assert "and 3 more" in last_line
+
+
+def test_what_is_left_out_is_said(place, capsys):
+    place.fill()
+    (place.clips / "anim.gif").write_bytes(b"")
+    (place.clips / "z.txt").write_text("no clip")
+    (place.clips / "more").mkdir()
+    (place.clips / ".hidden.mp4").write_bytes(b"")
+    (place.clips / "meta.json").write_text("{}")
+    assert place.run() == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "more", "z.txt"]
+
+
+def test_full_disk_is_said_before_encoding(place, counted, capsys, monkeypatch):
+    place.fill()
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert place.run() == 2
+    assert "GB free; free some space" in capsys.readouterr().err
+    assert (counted.captions, counted.clips) == (0, 0)
+
+
+def test_settings_of_a_directory_come_first(place):
+    place.write_dataset("num_repeats = 3\nresolutions = [32]\nframe_buckets = [9]")
+    place.dataset.write_text(place.dataset.read_text() + "resolutions = [64]\n")
+    place.fill()
+    assert place.run() == 0
+    ((cache, num_repeats),) = place.open()
+    assert num_repeats == 3
+    assert {clip.bucket.width_px for clip in cache.clips} == {64}
+
+
+def test_a_folder_listed_twice_is_refused(place, capsys):
+    place.fill()
+    place.dataset.write_text(
+        place.dataset.read_text() + f"[[directory]]\npath = '{place.clips}/../clips'\n"
+    )
+    assert place.run() == 2
+    assert "is listed twice" in capsys.readouterr().err
