@@ -53,7 +53,7 @@ def make_matrices(*, dim: int, ffn_dim: int, num_layers: int, rank: int) -> dict
 
 def make_adapter(**changes: object) -> Adapter:
     matrices = make_matrices(dim=24, ffn_dim=40, num_layers=3, rank=RANK)
-    return replace(Adapter(matrices, RANK, ALPHA, {"format": "pt"}), **changes)
+    return replace(Adapter(matrices, RANK, ALPHA, {"format": "pt"}, source="mine"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def run_dir(trained: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_names_are_the_600_of_comfyui():
     matrices = make_matrices(dim=2, ffn_dim=3, num_layers=30, rank=1)
-    tensors = to_comfyui(Adapter(matrices, rank=1, alpha=1.0, metadata={}))
+    tensors = to_comfyui(Adapter(matrices, rank=1, alpha=1.0, metadata={}, source="mine"))
     attention = [f"{a}.{n}" for a in ("self_attn", "cross_attn") for n in ("q", "k", "v", "o")]
     assert set(tensors) == {
         f"diffusion_model.blocks.{layer}.{target}.lora_{side}.weight"
@@ -353,7 +353,9 @@ def test_truncated_and_absent_files_are_refused(tmp_path: Path):
 def test_adapter_of_another_size_is_not_attached(num_layers: int, model: WanTransformer):
     matrices = make_matrices(dim=24, ffn_dim=48, num_layers=num_layers, rank=RANK)
     target = nnx.clone(model)
-    with pytest.raises(BadInput, match=rf"blocks\.ffn\.0\.lora_B is \[{num_layers}, 48, 4\]"):
+    with pytest.raises(
+        BadInput, match=rf"mine: .*blocks\.ffn\.0\.lora_B is \[{num_layers}, 48, 4\]"
+    ):
         attach_adapter(
             target,
             make_adapter(matrices={n: m for n, m in matrices.items() if ".ffn.0" in n}),
