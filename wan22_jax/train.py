@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logger.propagate = False  # a library may have set up the root logger in its own format
-    return run_command(
-        lambda: train(args.config, args.overrides, resume=args.resume_from_checkpoint)
-    )
+    overrides, resume = args.overrides, args.resume_from_checkpoint
+    if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
+        overrides, resume = [resume, *overrides], True
+    return run_command(lambda: train(args.config, overrides, resume=resume))
 
 
 def train(
@@ -130,19 +131,16 @@ def train(
                 batch = jax.device_put(item.batch, sharding)
                 try:
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
-                    done = step + 1
-                    epoch = step // loader.steps_per_epoch + 1
+                    done, epoch = step + 1, step // loader.steps_per_epoch + 1
+                    ends_epoch = done % loader.steps_per_epoch == 0
                     num_tokens = item.bucket.num_tokens * len(item.clips)
                     lr = float(np.asarray(schedule(step)))
                     progress.push(
-                        StepReport(done, epoch, num_tokens, lr, metrics, item.clips),
+                        StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
                         new_program=is_new,
                     )
                 except jax.errors.JaxRuntimeError as error:
                     raise _explain(error, item.bucket) from error
-                ends_epoch = done % loader.steps_per_epoch == 0
-                if ends_epoch:
-                    progress.end_epoch(epoch)
                 minutes = (time.monotonic() - saved_at) / 60
                 if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
                     progress.flush()

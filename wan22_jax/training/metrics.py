@@ -23,6 +23,7 @@ class StepReport(NamedTuple):
 
     step: int  # counted from 1: steps done after it
     epoch: int
+    ends_epoch: bool
     num_tokens: int
     lr: float
     metrics: dict[str, jax.Array]
@@ -37,7 +38,8 @@ class Progress:
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._logging_steps = logging_steps
         self._pending: StepReport | None = None
-        self._read_at = time.perf_counter()
+        self._pushed_at: float | None = None
+        self._speed = ""
         self._average_loss: float | None = None
         self._epoch_losses: list[float] = []
 
@@ -56,35 +58,35 @@ class Progress:
     def push(self, report: StepReport, *, new_program: bool) -> None:
         """Takes a dispatched step and writes the one before it.
 
+        Args:
+            report: the step.
+            new_program: this step was compiled first, which is kept out of the speed.
+
         Raises:
             BadInput: the loss of the step before is not finite.
         """
-        self.flush()
-        self._pending = report
-        if new_program:  # its time is mostly compilation: keep it out of the speed
-            self._finish(report, is_timed=False)
+        if self._pending is not None:
+            self._pending.metrics["loss"].block_until_ready()
+        now = time.perf_counter()
+        if self._pending is not None:
+            start = None if new_program else self._pushed_at
+            self._finish(self._pending, None if start is None else now - start)
+        self._pending, self._pushed_at = report, now
+        if new_program:
+            self.flush()
 
     def flush(self) -> None:
         """Waits for the last dispatched step and writes it; raises BadInput as ``push`` does."""
         if self._pending is not None:
-            self._finish(self._pending, is_timed=True)
-
-    def end_epoch(self, epoch: int) -> None:
-        """Writes the mean loss of the epoch that ended."""
-        self.flush()
-        if self._epoch_losses:
-            mean = sum(self._epoch_losses) / len(self._epoch_losses)
-            self._writer.add_scalar("train/epoch_loss", mean, epoch)
-        self._epoch_losses = []
+            self._finish(self._pending, None)
+        self._pending = self._pushed_at = None
 
     def say(self, line: str) -> None:
         """Prints a line above the progress line."""
         self._bar.write(line)
 
-    def _finish(self, report: StepReport, *, is_timed: bool) -> None:
+    def _finish(self, report: StepReport, seconds: float | None) -> None:
         values = {name: float(value) for name, value in report.metrics.items()}
-        now = time.perf_counter()
-        seconds, self._read_at, self._pending = now - self._read_at, now, None
         if not math.isfinite(values["loss"]):
             raise BadInput(
                 f"the loss of step {report.step} is {values['loss']} (clips: "
@@ -94,14 +96,17 @@ class Progress:
         if self._average_loss is None:
             self._average_loss = values["loss"]
         self._average_loss += (1 - SMOOTHING) * (values["loss"] - self._average_loss)
-        line = {"epoch": report.epoch, "avr_loss": f"{self._average_loss:.4f}"}
-        if is_timed:
-            line |= {"s/step": f"{seconds:.3f}", "tokens/s": f"{report.num_tokens / seconds:,.0f}"}
-        self._bar.set_postfix(line, refresh=False)
+        speed = {}
+        if seconds is not None:
+            speed = {"step_time_s": seconds, "tokens_per_s": report.num_tokens / seconds}
+            self._speed = f"{seconds:.3f} s/step, {speed['tokens_per_s']:,.0f} tokens/s"
+        line = f"epoch {report.epoch}, avr_loss {self._average_loss:.4f}, lr {report.lr:.2e}"
+        self._bar.set_postfix_str(", ".join(filter(None, (line, self._speed))), refresh=False)
         self._bar.update(1)
         if report.step % self._logging_steps == 0:
-            scalars = {"lr": report.lr, **values}
-            if is_timed:
-                scalars |= {"step_time_s": seconds, "tokens_per_s": report.num_tokens / seconds}
-            for name, value in scalars.items():
+            for name, value in ({"lr": report.lr} | values | speed).items():
                 self._writer.add_scalar(f"train/{name}", value, report.step)
+        if report.ends_epoch:
+            mean = sum(self._epoch_losses) / len(self._epoch_losses)
+            self._writer.add_scalar("train/epoch_loss", mean, report.epoch)
+            self._epoch_losses = []
