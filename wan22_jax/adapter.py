@@ -39,12 +39,14 @@ class Adapter:
 
     ``matrices`` maps ``blocks.<target>.lora_A`` to [N, rank, in] and ``...lora_B`` to
     [N, out, rank]. ``metadata`` is the header of a file: strings, empty for files of other makers.
+    ``source`` is where it was read, for messages.
     """
 
     matrices: dict[str, np.ndarray]
     rank: int
     alpha: float
     metadata: dict[str, str]
+    source: str
 
 
 def load_adapter(path: Path, *, step: int | None = None, base_digest: str | None = None) -> Adapter:
@@ -93,7 +95,8 @@ def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float =
     ]
     if problems:
         raise BadInput(
-            f"the LoRA does not fit this model, is it for {BASE_MODEL}? {_list(problems)}"
+            f"{adapter.source}: is not a LoRA of this model ({_list(problems)}); "
+            f"choose one that was trained on {BASE_MODEL}"
         )
     for path, linear in linears.items():
         linear.lora_A, linear.lora_B = (
@@ -138,7 +141,8 @@ def from_comfyui(
                 raise BadInput(f"{source}: {target}.{side}: matrices alike in all layers expected")
             matrices[f"blocks.{target}.{side}"] = np.stack(parts)
     rank = _find_rank(matrices, source)
-    return Adapter(matrices, rank=rank, alpha=_find_alpha(layers, rank, source), metadata=metadata)
+    alpha = _find_alpha(layers, rank, source)
+    return Adapter(matrices, rank=rank, alpha=alpha, metadata=metadata, source=source)
 
 
 _PREFIX = "diffusion_model.blocks."
@@ -166,7 +170,7 @@ def _read_file(path: Path) -> Adapter:
 
 def _read_checkpoint(path: Path, step: int | None) -> Adapter:
     matrices, meta = read_trainable(path, step)
-    adapter = Adapter(matrices, rank=meta["rank"], alpha=float(meta["alpha"]), metadata={})
+    adapter = Adapter(matrices, meta["rank"], float(meta["alpha"]), metadata={}, source=str(path))
     # The same checks as for a file: a checkpoint of another kind of training must not pass.
     from_comfyui(to_comfyui(adapter), metadata={}, source=str(path))
     return replace(

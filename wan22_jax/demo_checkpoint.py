@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.model.vae import WAN22_VAE, VAEConfig, WanVAE
-from wan22_jax.weights import Shapes, parameter_shapes
+from wan22_jax.weights import parameter_shapes
 
 TINY_TRANSFORMER = TransformerConfig(
     dim=96, ffn_dim=192, num_heads=4, num_layers=3, text_dim=64, freq_dim=32
@@ -55,7 +55,9 @@ def write_checkpoint(
         seed: of the weights; each depends on its name too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = make_weights(_shapes_of(WanTransformer, transformer), seed=seed)
+    weights = draw_weights(
+        nnx.eval_shape(lambda: WanTransformer(transformer, rngs=nnx.Rngs(0))), seed=seed
+    )
     _write_shards(folder, weights, num_shards=3)  # the release has three
     config = {
         "_class_name": "WanModel",
@@ -73,8 +75,9 @@ def write_checkpoint(
         "eps": transformer.eps,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(make_weights(_shapes_of(WanVAE, vae), seed=seed), folder / "Wan2.2_VAE.safetensors")
-    weights = make_weights(_shapes_of(UMT5, text_encoder), seed=seed)
+    weights = draw_weights(nnx.eval_shape(lambda: WanVAE(vae, rngs=nnx.Rngs(0))), seed=seed)
+    save_file(weights, folder / "Wan2.2_VAE.safetensors")
+    weights = draw_weights(nnx.eval_shape(lambda: UMT5(text_encoder, rngs=nnx.Rngs(0))), seed=seed)
     save_file(
         {name: weight.astype(ml_dtypes.bfloat16) for name, weight in weights.items()},
         folder / "models_t5_umt5-xxl-enc-bf16.safetensors",
@@ -82,14 +85,14 @@ def write_checkpoint(
     write_tokenizer(folder / "google" / "umt5-xxl", captions, vocab_size=text_encoder.vocab_size)
 
 
-def make_weights(shapes: Shapes, *, seed: int) -> dict[str, np.ndarray]:
-    """Draws float32 weights of a scale that keeps activations near 1; norms near 1, biases near 0.
+def draw_weights(module: nnx.Module, *, seed: int) -> dict[str, np.ndarray]:
+    """Draws every parameter, by official name, float32, such that activations keep their size.
 
-    Each is a function of seed and name alone. None is constant, so that a weight that is lost or
-    swapped changes the result.
+    Each is a function of seed and name alone. Norms are near 1 and biases near 0, but none is
+    constant, so that a weight that is lost or swapped changes the result.
     """
     weights = {}
-    for name, shape in shapes.items():
+    for name, shape in parameter_shapes(module).items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         draw = rng.standard_normal(shape, np.float32)
         if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
@@ -124,17 +127,13 @@ def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "T5Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "model_max_length": 512,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _shapes_of(network: type[nnx.Module], config: object) -> Shapes:
-    return parameter_shapes(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
 
 
 def _write_shards(folder: Path, weights: Mapping[str, np.ndarray], *, num_shards: int) -> None:
