@@ -219,7 +219,7 @@ def _copy_tensor(tensors: OfficialTensors, name: str, target: ts.TensorStore) ->
         rows = slice(start, min(start + step, shape[0]))
         block = np.ascontiguousarray(tensors.read(name, rows).astype(dtype, copy=False))
         writing = target[rows].write(block)
-        digest.update(memoryview(block.view(np.uint8)))
+        digest.update(block.view(np.uint8).data)
         writing.result()
     line = f"{name} {dtype} {list(shape)} {digest.hexdigest()}"
     return line, math.prod(shape) * dtype.itemsize

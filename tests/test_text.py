@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_tokenizer import make_tiny_tokenizer
 from tokenizers import Tokenizer, models, processors
 
 from wan22_jax import text
+from wan22_jax.demo_checkpoint import write_tokenizer
 from wan22_jax.errors import BadInput
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.text import clean_prompt, encode_text, load_tokenizer, pad_text, tokenize
@@ -24,7 +24,7 @@ NEGATIVE = "色调艳丽，过曝，静态，细节模糊不清"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tokenizer"
-    make_tiny_tokenizer(folder, CORPUS)
+    write_tokenizer(folder, CORPUS, vocab_size=256)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Writes a small random checkpoint in the official layout: real names, small sizes."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,9 @@ def draw_weights(module: nnx.Module, *, seed: int) -> dict[str, np.ndarray]:
         kind = name.rpartition(".")[2]
         if len(shape) == 1 or kind == "gamma":
             offset = 0.0 if kind == "bias" else 1.0  # norms are about 1
-            weights[name] = offset + 0.1 * noise
+            weights[name] = 0.1 * noise + offset
         else:
-            weights[name] = noise / np.sqrt(np.prod(shape[1:]))
+            weights[name] = noise / math.sqrt(math.prod(shape[1:]))
     return weights
 
 

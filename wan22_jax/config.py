@@ -47,9 +47,10 @@ class ModelConfig(Table):
 
 
 class AdapterConfig(Table):
-    """The ``[adapter]`` table. ``dtype``: the adapter's matmuls and the exported file.
+    """The ``[adapter]`` table. ``dtype`` is the one that wan22-export writes.
 
-    The trained copy is float32 whatever ``dtype`` says: bfloat16 loses small updates.
+    The trained copy is float32 whatever ``dtype`` says: bfloat16 loses small updates. Its matmuls
+    run in the model's dtype.
     """
 
     type: Literal["lora", "lokr"] = "lora"
@@ -132,6 +133,12 @@ class TrainConfig(Table):
     def learning_rate(self) -> float:
         """``[optimizer] lr``, or the top-level ``lr``, or diffusion-pipe's example value."""
         return self.optimizer.lr or self.lr or 2e-5
+
+    @property
+    def micro_batch(self) -> int:
+        """Clips of one forward pass; ``load_config`` refuses the list form."""
+        assert isinstance(self.micro_batch_size_per_gpu, int)
+        return self.micro_batch_size_per_gpu
 
     @property
     def transformer_dtype(self) -> str:

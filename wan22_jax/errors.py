@@ -9,7 +9,7 @@ class BadInput(Exception):
     """A mistake the user can mend; the message names the file, what was expected and the remedy."""
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], object]) -> int:
     """Runs a console command; turns BadInput and a full disk into one line and exit code 2."""
     try:
         command()

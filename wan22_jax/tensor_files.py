@@ -6,7 +6,7 @@ of any size is that of the rows it is reading.
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of numpy, which safetensors asks for)
 import numpy as np
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from wan22_jax.errors import BadInput
 
 
+@runtime_checkable
 class TensorFiles(Protocol):
     """Tensors by name, read when asked."""
 
@@ -46,7 +47,8 @@ class SafetensorsFiles:
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Reads some rows (leading axis) of a tensor, in its stored dtype."""
         with safe_open(self._file_by_name[name], framework="numpy") as tensors:
-            return tensors.get_slice(name)[rows]
+            start, stop, _ = rows.indices(self.shapes[name][0])
+            return tensors.get_slice(name)[start:stop]
 
     def _add(self, file: Path) -> None:
         try:

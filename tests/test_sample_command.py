@@ -1,0 +1,292 @@
+"""wan22-sample: sizes, pictures and files; what it refuses; the whole command on tiny networks."""
+
+import errno
+import gc
+import types
+import weakref
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from wan22_jax import sample as command
+from wan22_jax.adapter import Adapter
+from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
+from wan22_jax.data.video_file import write_mp4
+from wan22_jax.errors import BadInput, run_command
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.model.vae import VAEConfig, WanVAE
+from wan22_jax.sampling import NEGATIVE_PROMPT
+
+# Made with the original's best_output_size(w, h, 32, 32, 704 * 1280).
+OUTPUT_SIZES = {
+    (1280, 704): (1280, 704),
+    (704, 1280): (704, 1280),
+    (1920, 1080): (1248, 704),
+    (1080, 1920): (704, 1248),
+    (1024, 1024): (960, 928),
+    (640, 480): (1088, 800),
+    (480, 640): (800, 1088),
+    (4000, 1000): (1888, 448),
+    (1000, 4000): (448, 1888),
+    (1365, 768): (1248, 704),
+    (512, 513): (928, 960),
+    (300, 199): (1152, 768),
+}
+
+
+@pytest.mark.parametrize("picture", OUTPUT_SIZES)
+def test_output_size_is_the_original_choice(picture):
+    assert best_output_size(*picture) == OUTPUT_SIZES[picture]
+
+
+def test_output_size_refuses_a_stripe():
+    with pytest.raises(BadInput, match=r"^stripe.png: 4000x2 is too narrow"):
+        best_output_size(4000, 2, source="stripe.png")
+
+
+def test_picture_is_covered_and_cropped_at_the_centre():
+    columns = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    frame = crop_to_cover(Image.fromarray(columns), width_px=64, height_px=64)
+    assert frame.shape == (1, 1, 64, 64, 3)
+    assert frame.dtype == np.float32
+    np.testing.assert_allclose(frame[0, 0, :, :, 0], columns[:, 96:160, 0] / 127.5 - 1, atol=1e-6)
+
+    # Lanczos, sizes rounded: 100 x 37 * (32 / 37) = 86 x 32, of which columns 27 to 58 stay.
+    noise = np.random.default_rng(0).integers(0, 256, (37, 100, 3), dtype=np.uint8)
+    scaled = Image.fromarray(noise).resize((86, 32), Image.Resampling.LANCZOS)
+    frame = crop_to_cover(Image.fromarray(noise), width_px=32, height_px=32)
+    np.testing.assert_allclose(frame[0, 0], np.asarray(scaled)[:, 27:59] / 127.5 - 1, atol=1e-6)
+
+
+def test_picture_is_opened_upright_and_on_white(tmp_path):
+    picture = Image.new("RGB", (40, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_bytes_are_cut_off_not_rounded():
+    video = jnp.array([-3.0, -1, -0.5, 0, 0.5, 0.999, 1, 7]).reshape(1, 1, 1, 8, 1).repeat(3, -1)
+    wanted = [0, 0, 63, 127, 191, 254, 255, 255]  # 63.75, 127.5, 191.25, 254.87
+    assert command.quantise_video(video)[0, 0, 0, :, 1].tolist() == wanted
+
+
+def test_mp4_holds_the_frames(tmp_path):
+    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[:, None], (64, 96))
+    frames = np.stack([np.roll(ramp, 4 * i, 0) for i in range(9)])[..., None].repeat(3, -1)
+    path = tmp_path / "a.mp4"
+    written = write_mp4(path, [frames[:1], frames[1:5], frames[5:]], width_px=96, height_px=64)
+    assert written == 9
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate) == ("h264", 24)
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert decoded.shape == frames.shape
+    assert np.abs(decoded.astype(int) - frames).mean() < 3
+
+
+def test_failure_leaves_no_file(tmp_path, capsys):
+    def frames():
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        raise OSError(errno.ENOSPC, "No space left on device", "a.mp4")
+
+    def write():
+        write_mp4(tmp_path / "a.mp4", frames(), width_px=64, height_px=64)
+
+    assert run_command(write) == 2
+    assert "the disk is full while writing a.mp4" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+TRANSFORMER = TransformerConfig(
+    dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=8,
+    text_len=512, freq_dim=8,
+)  # fmt: skip
+VAE = VAEConfig(
+    encoder_dim=4, decoder_dim=4, z_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1,
+    latents_mean=(0.1,) * 4, latents_std=(0.9,) * 4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return make_random(WanTransformer, TRANSFORMER)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_random(WanVAE, VAE)
+
+
+def make_random(network, config):
+    """Fills a network from NumPy: its own initialisation compiles for every shape."""
+    rng = np.random.default_rng(0)
+    abstract = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.2, jnp.float32)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(draw, state))
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path, transformer, vae):
+    """Puts tiny networks in place of a model folder; returns what they were asked for."""
+    asked = types.SimpleNamespace(prompts=[], dtypes=[], digests=[], sampled=[], loaded=[])
+
+    def read_model_card(folder):
+        if folder != tmp_path / "model":
+            raise BadInput(f"{folder}: not a model folder")
+        return types.SimpleNamespace(vae=VAE, digests={"transformer": "abc"})
+
+    def encode_text(encoder, _tokenizer, prompts):
+        assert encoder == "encoder"
+        asked.prompts.extend(prompts)
+        return [
+            np.asarray(jax.random.normal(jax.random.key(len(text)), (i + 3, 8)))
+            for i, text in enumerate(prompts)
+        ]
+
+    def load_text_encoder(_, *, dtype):
+        asked.dtypes.append(dtype)
+        return "encoder"
+
+    def load_transformer(_, *, dtype):
+        asked.dtypes.append(dtype)
+        return load(transformer)
+
+    def load(network):
+        assert all(loaded() is None for loaded in asked.loaded), "two networks in memory"
+        graphdef, state = nnx.split(network)
+        state = jax.tree.map(jnp.copy, state)
+        asked.loaded.append(weakref.ref(jax.tree.leaves(state)[-1]))
+        return nnx.merge(graphdef, state)
+
+    def load_adapter(path, *, base_digest):
+        asked.digests.append((str(path), base_digest))
+        rng = np.random.default_rng(1)
+        shapes = {"lora_A": (2, 3, 24), "lora_B": (2, 24, 3)}
+        matrices = {
+            f"blocks.self_attn.v.{side}": rng.normal(size=shape).astype(np.float32)
+            for side, shape in shapes.items()
+        }
+        return Adapter(matrices, rank=3, alpha=6.0, metadata={})
+
+    def sample_latents(*arguments, **options):
+        asked.sampled.append(options)
+        asked.latents = original(*arguments, **options)
+        return asked.latents
+
+    original = command.sample_latents
+    monkeypatch.setattr(command, "read_model_card", read_model_card)
+    monkeypatch.setattr(command, "load_tokenizer", lambda _: "tokenizer")
+    monkeypatch.setattr(command, "load_text_encoder", load_text_encoder)
+    monkeypatch.setattr(command, "encode_text", encode_text)
+    monkeypatch.setattr(command, "load_transformer", load_transformer)
+    monkeypatch.setattr(command, "load_vae", lambda _: load(vae))
+    monkeypatch.setattr(command, "load_adapter", load_adapter)
+    monkeypatch.setattr(command, "sample_latents", sample_latents)
+    asked.flags = ["--model", str(tmp_path / "model"), "--prompt", "a red ball"]
+    asked.flags += ["--out", str(tmp_path / "new" / "out.mp4"), "--steps", "2"]
+    gc.disable()  # so that only what the command frees is free
+    yield asked
+    gc.enable()
+
+
+def run(*flags):
+    command.sample(command.parse_arguments(flags))
+
+
+def read_frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_text_to_video(model, tmp_path, capsys):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    run(*flags, "--seed", "3")
+    assert read_frames(tmp_path / "new" / "out.mp4").shape == (5, 32, 64, 3)
+    assert model.prompts == ["a red ball", NEGATIVE_PROMPT]
+    assert model.dtypes == [jnp.bfloat16, jnp.bfloat16]
+    assert model.latents.shape == (1, 2, 2, 4, 4)
+    assert (model.sampled[0]["solver"], model.sampled[0]["shift"]) == ("unipc", 5.0)
+    assert model.sampled[0]["guidance"] == 5.0
+    assert "seed 3" in capsys.readouterr().out
+
+
+def test_seed_negative_prompt_and_lora_each_change_the_video(model):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    settings = [
+        ["--seed", "3"],
+        ["--seed", "4"],
+        ["--seed", "4", "--negative_prompt", "blue", "--dtype", "float32"],
+        ["--seed", "4", "--negative_prompt", "blue", "--lora", "run"],
+    ]
+    seen = []
+    for more in settings:
+        run(*flags, *more)
+        assert all(np.abs(model.latents - latents).max() > 1e-3 for latents in seen)
+        seen.append(model.latents)
+    assert model.prompts[4:6] == ["a red ball", "blue"]
+    assert model.dtypes[4:6] == [jnp.float32, jnp.float32]
+    assert model.digests == [("run", "abc")]
+
+
+def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
+    picture = np.random.default_rng(5).integers(0, 256, (70, 40, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    run(*model.flags, "--image", str(tmp_path / "first.png"), "--width", "70", "--height", "30",
+        "--frames", "5", "--solver", "dpm++")  # fmt: skip
+    width_px, height_px = best_output_size(40, 70, area_px=70 * 30)
+    assert (width_px, height_px) == (32, 64)
+    assert read_frames(tmp_path / "new" / "out.mp4").shape == (5, height_px, width_px, 3)
+    frame = crop_to_cover(Image.fromarray(picture), width_px=width_px, height_px=height_px)
+    wanted = next(vae.encode_chunks([jnp.asarray(frame)]))
+    np.testing.assert_allclose(model.latents[:, :1], wanted, atol=1e-5)
+    assert np.abs(wanted).max() > 0.1
+    assert np.abs(model.latents[:, 1:]).max() > 0.1
+    assert len(model.loaded) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", " "], "--prompt: a text was expected"),
+        (["--width", "100"], "width 100 is not a multiple of 32 pixels; use 96"),
+        (["--frames", "120"], r"120 frames is not 4n\+1"),
+        (["--steps", "0"], "--steps: 1 or more expected"),
+        (["--shift", "0"], "--shift: a number over 0 expected"),
+        (["--guidance", "nan"], "--guidance: a number expected"),
+        (["--seed", "-2"], "--seed: 0 or more expected"),
+        (["--out", "clip.avi"], "clip.avi: --out takes an .mp4 file"),
+        (["--image", "absent.png"], "absent.png: no such picture"),
+        (["--model", "elsewhere"], "elsewhere: not a model folder"),
+    ],
+)
+def test_refuses_before_it_loads_a_network(model, flags, message):
+    with pytest.raises(BadInput, match=message):
+        run(*model.flags, *flags)
+    assert model.dtypes == []
+
+
+def test_refuses_what_is_no_picture(model, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(BadInput, match=r"text.png: expected a picture"):
+        run(*model.flags, "--image", str(tmp_path / "text.png"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.jpg", quality=100)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:500])
+    with pytest.raises(BadInput, match=r"cut.jpg: expected a picture"):
+        run(*model.flags, "--image", str(tmp_path / "cut.jpg"))
+
+
+def test_refusal_is_one_line_and_code_2(model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["wan22-sample", *model.flags, "--steps", "0"])
+    assert command.main() == 2
+    assert capsys.readouterr().err == "error: --steps: 1 or more expected, got 0; 50 is usual\n"

@@ -1,0 +1,269 @@
+"""wan22-train: trains a LoRA on cached clips. The story of a run, read downwards.
+
+Step k trains on ``loader[k]`` with draws made from (seed, k), so a run that stopped goes on from
+its checkpoint as if it had not: the step number is all that has to be known.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan22_jax.checkpoint import find_run, open_checkpoints, read_meta, restore_state, save_state
+from wan22_jax.config import TrainConfig, dump_config, load_config
+from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.loader import Loader, make_loader
+from wan22_jax.dataset import open_caches
+from wan22_jax.errors import BadInput, run_command
+from wan22_jax.geometry import Bucket
+from wan22_jax.model.flow import flux_shift, sigma_grid
+from wan22_jax.model_folder import ModelCard, load_transformer, read_model_card
+from wan22_jax.sharding import claim_gpu_memory, make_mesh, replicated
+from wan22_jax.training.metrics import Progress, StepReport
+from wan22_jax.training.optimizer import make_optimizer, warmup_constant
+from wan22_jax.training.step import compile_train_step, init_state, split_model
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="wan22-train", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the training TOML file")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="RUN",
+        help="go on with a run: its folder's name, or the newest run if left out",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
+    args = parser.parse_intermixed_args(argv)
+    logger = logging.getLogger("wan22_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.propagate = False  # a library may have set up the root logger in its own format
+    overrides, resume = args.overrides, args.resume_from_checkpoint
+    if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
+        overrides, resume = [resume, *overrides], True
+    return run_command(lambda: train(args.config, overrides, resume=resume))
+
+
+def train(
+    config_file: Path, overrides: Sequence[str] = (), *, resume: bool | str | None = None
+) -> Path:
+    """Trains as the config says; returns the run folder.
+
+    Args:
+        config_file: the main TOML.
+        overrides: ``key.path=value`` strings.
+        resume: a run's name, True for the newest; None leaves it to the config.
+
+    Raises:
+        BadInput: config, model, cache and checkpoint do not fit together, or memory runs out.
+    """
+    config = load_config(config_file, overrides)
+    resume = config.resume_from_checkpoint if resume is None else resume
+    card = read_model_card(Path(config.model.ckpt_path))
+    loader = open_loader(config, card)
+    total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
+    meta = describe_run(config, card, loader)
+    run_dir = open_run(config, config_file, resume=resume, meta=meta)
+
+    claim_gpu_memory()
+    sharding = replicated(make_mesh())
+    log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
+    model = load_transformer(Path(config.model.ckpt_path), dtype=config.transformer_dtype)
+    lora_key, draw_key = jax.random.split(jax.random.key(config.seed))
+    model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
+    graphdef, trainable, frozen = split_model(model)
+    optimizer = make_optimizer(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        weight_decay=config.optimizer.weight_decay,
+        eps=config.optimizer.eps,
+        max_grad_norm=config.gradient_clipping,
+    )
+    state, frozen, draw_key = jax.device_put(
+        (init_state(trainable, optimizer), frozen, draw_key), sharding
+    )
+    del model, trainable  # the state owns these arrays now, and the step donates them
+    train_step = compile_train_step(
+        graphdef,
+        optimizer,
+        i2v_fraction=config.i2v_fraction,
+        remat=config.activation_checkpointing is True,
+        sharding=sharding,
+    )
+    schedule = warmup_constant(config.learning_rate, config.warmup_steps)
+
+    with open_checkpoints(run_dir) as checkpoints:
+        if resume:
+            state, _ = restore_state(checkpoints, state)
+        first_step = int(state.step)
+        log.info("run %s: steps %d to %d", run_dir, first_step + 1, total_steps)
+        progress = Progress(
+            run_dir,
+            first_step=first_step,
+            total_steps=total_steps,
+            logging_steps=config.logging_steps,
+        )
+        saved_at, saved_step = time.monotonic(), first_step
+        grids: dict[Bucket, jax.Array] = {}
+        with progress:
+            for step, item in zip(
+                range(first_step, total_steps), loader.iterate(first_step), strict=False
+            ):
+                is_new = item.bucket not in grids
+                if is_new:
+                    grids[item.bucket] = jax.device_put(make_grid(config, item.bucket), sharding)
+                batch = jax.device_put(item.batch, sharding)
+                try:
+                    state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
+                    done, epoch = step + 1, step // loader.steps_per_epoch + 1
+                    ends_epoch = done % loader.steps_per_epoch == 0
+                    num_tokens = item.bucket.num_tokens * len(item.clips)
+                    lr = float(np.asarray(schedule(step)))
+                    progress.push(
+                        StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
+                        new_program=is_new,
+                    )
+                except jax.errors.JaxRuntimeError as error:
+                    raise _explain(error, item.bucket) from error
+                minutes = (time.monotonic() - saved_at) / 60
+                if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
+                    progress.flush()
+                    save_state(checkpoints, state, meta)
+                    progress.say(f"step {done}: saving {checkpoints.directory / str(done)}")
+                    saved_at, saved_step = time.monotonic(), done
+        checkpoints.wait_until_finished()
+    log.info("done: %d steps, last checkpoint %s/checkpoints/%d", total_steps, run_dir, saved_step)
+    return run_dir
+
+
+def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
+    """Opens the caches and says what an epoch is made of."""
+    loader = make_loader(
+        open_caches(Path(config.dataset), encoders=name_encoders(card.digests)),
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        accumulation=config.gradient_accumulation_steps,
+    )
+    for line in loader.report:
+        log.info("%s", line)
+    log.info("%d steps an epoch", loader.steps_per_epoch)
+    return loader
+
+
+def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
+    """Makes what every checkpoint of the run says of it, beside its step."""
+    assert config.adapter is not None  # load_config refuses the rest
+    rank = config.adapter.rank
+    return {
+        "rank": rank,
+        "alpha": rank if config.adapter.alpha is None else config.adapter.alpha,
+        "base_digest": card.digests["transformer"],
+        "seed": config.seed,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "config": config.model_dump(exclude_none=True),
+    }
+
+
+def open_run(
+    config: TrainConfig, config_file: Path, *, resume: bool | str, meta: dict[str, Any]
+) -> Path:
+    """Makes a new run folder with its configs, or returns the one to resume.
+
+    Raises:
+        BadInput: there is nothing to resume, or it was trained on another base or adapter shape.
+    """
+    output_dir = Path(config.output_dir)
+    if not resume:
+        run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+        run_dir.mkdir(parents=True)
+        (run_dir / config_file.name).write_text(dump_config(config), "utf-8")
+        shutil.copy(config.dataset, run_dir)
+        return run_dir
+    run_dir = find_run(output_dir, resume if isinstance(resume, str) else None)
+    with open_checkpoints(run_dir) as checkpoints:
+        saved = read_meta(checkpoints)
+    for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
+        if saved[name] != meta[name]:
+            raise BadInput(
+                f"{run_dir}: was trained with {what} {saved[name]}, the config has {meta[name]}; "
+                "resume with the original or start a new run"
+            )
+    for change in _list_changes(saved, meta):
+        log.info("changed since the checkpoint: %s", change)
+    return run_dir
+
+
+def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:
+    """Makes the noise levels that training draws from in this bucket."""
+    model = config.model
+    shift = model.shift or 1.0
+    if model.flux_shift and not model.shift:
+        shift = flux_shift(bucket._replace(frames=1).num_tokens)
+    try:
+        grid = sigma_grid(
+            method=model.timestep_sample_method,
+            sigmoid_scale=model.sigmoid_scale,
+            shift=shift,
+            min_t=model.min_t,
+            max_t=model.max_t,
+        )
+    except ValueError as error:
+        raise BadInput(f"[model]: {error}") from None
+    return jnp.asarray(grid)
+
+
+def is_due(
+    config: TrainConfig, step: int, epoch: int, ends_epoch: bool, minutes_since_save: float
+) -> bool:
+    """Whether the config asks for a checkpoint after this step."""
+    every = (config.save_every_n_steps, config.checkpoint_every_n_steps)
+    if any(n is not None and step % n == 0 for n in every):
+        return True
+    every = (config.save_every_n_epochs, config.checkpoint_every_n_epochs)
+    if ends_epoch and any(n is not None and epoch % n == 0 for n in every):
+        return True
+    minutes = config.checkpoint_every_n_minutes
+    return minutes is not None and minutes_since_save >= minutes
+
+
+def _list_changes(saved: dict[str, Any], meta: dict[str, Any]) -> list[str]:
+    before, now = _flatten(saved), _flatten(meta)
+    return [
+        f"{name} {before.get(name)} -> {now.get(name)}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name) and name not in ("step", "version")
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def _explain(error: Exception, bucket: Bucket) -> Exception:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    return BadInput(
+        f"out of GPU memory at {bucket} ({bucket.num_tokens} tokens a clip); set "
+        "activation_checkpointing = true, lower micro_batch_size_per_gpu, or train on smaller "
+        "resolutions or frame_buckets"
+    )
