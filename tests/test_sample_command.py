@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from wan22_jax import sample as command
+from wan22_jax.adapter import Adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
 from wan22_jax.data.video_file import write_mp4
 from wan22_jax.errors import BadInput, run_command
@@ -138,9 +139,7 @@ def make_random(network, config):
 @pytest.fixture
 def model(monkeypatch, tmp_path, transformer, vae):
     """Puts tiny networks in place of a model folder; returns what they were asked for."""
-    asked = types.SimpleNamespace(
-        prompts=[], dtypes=[], digests=[], adapters=[], sampled=[], loaded=[]
-    )
+    asked = types.SimpleNamespace(prompts=[], dtypes=[], digests=[], sampled=[], loaded=[])
 
     def read_model_card(folder):
         if folder != tmp_path / "model":
@@ -171,8 +170,14 @@ def model(monkeypatch, tmp_path, transformer, vae):
         return nnx.merge(graphdef, state)
 
     def load_adapter(path, *, base_digest):
-        asked.digests.append(base_digest)
-        return str(path)
+        asked.digests.append((str(path), base_digest))
+        rng = np.random.default_rng(1)
+        shapes = {"lora_A": (2, 3, 24), "lora_B": (2, 24, 3)}
+        matrices = {
+            f"blocks.self_attn.v.{side}": rng.normal(size=shape).astype(np.float32)
+            for side, shape in shapes.items()
+        }
+        return Adapter(matrices, rank=3, alpha=6.0, metadata={})
 
     def sample_latents(*arguments, **options):
         asked.sampled.append(options)
@@ -187,7 +192,6 @@ def model(monkeypatch, tmp_path, transformer, vae):
     monkeypatch.setattr(command, "load_transformer", load_transformer)
     monkeypatch.setattr(command, "load_vae", lambda _: load(vae))
     monkeypatch.setattr(command, "load_adapter", load_adapter)
-    monkeypatch.setattr(command, "attach_adapter", lambda _, lora: asked.adapters.append(lora))
     monkeypatch.setattr(command, "sample_latents", sample_latents)
     asked.flags = ["--model", str(tmp_path / "model"), "--prompt", "a red ball"]
     asked.flags += ["--out", str(tmp_path / "new" / "out.mp4"), "--steps", "2"]
@@ -206,26 +210,33 @@ def read_frames(path):
 
 
 def test_text_to_video(model, tmp_path, capsys):
-    size = ["--width", "64", "--height", "32", "--frames", "5"]
-    run(*model.flags, *size, "--seed", "3", "--lora", "run")
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    run(*flags, "--seed", "3")
     assert read_frames(tmp_path / "new" / "out.mp4").shape == (5, 32, 64, 3)
     assert model.prompts == ["a red ball", NEGATIVE_PROMPT]
     assert model.dtypes == [jnp.bfloat16, jnp.bfloat16]
-    assert model.digests == ["abc"]
-    assert model.adapters == ["run"]
     assert model.latents.shape == (1, 2, 2, 4, 4)
     assert (model.sampled[0]["solver"], model.sampled[0]["shift"]) == ("unipc", 5.0)
     assert model.sampled[0]["guidance"] == 5.0
     assert "seed 3" in capsys.readouterr().out
 
-    latents = model.latents
-    run(*model.flags, *size, "--seed", "3", "--dtype", "float32", "--negative_prompt", "blue")
-    assert model.prompts[2:] == ["a red ball", "blue"]
-    assert model.dtypes[2:] == [jnp.float32, jnp.float32]
-    assert not jnp.array_equal(latents, model.latents)  # another negative prompt
-    latents = model.latents
-    run(*model.flags, *size, "--seed", "4", "--negative_prompt", "blue")
-    assert not jnp.array_equal(latents, model.latents)  # another seed
+
+def test_seed_negative_prompt_and_lora_each_change_the_video(model):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    settings = [
+        ["--seed", "3"],
+        ["--seed", "4"],
+        ["--seed", "4", "--negative_prompt", "blue", "--dtype", "float32"],
+        ["--seed", "4", "--negative_prompt", "blue", "--lora", "run"],
+    ]
+    seen = []
+    for more in settings:
+        run(*flags, *more)
+        assert all(np.abs(model.latents - latents).max() > 1e-3 for latents in seen)
+        seen.append(model.latents)
+    assert model.prompts[4:6] == ["a red ball", "blue"]
+    assert model.dtypes[4:6] == [jnp.float32, jnp.float32]
+    assert model.digests == [("run", "abc")]
 
 
 def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
