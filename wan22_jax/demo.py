@@ -131,7 +131,7 @@ def _list_results(out: Path, run_dir: Path) -> None:
         "contact_sheet.png": "frames of a clip and of both videos",
     }
     lines = [
-        f"  {out / name!s:<40} {_count_bytes(out / name) / 1e6:8.2f} MB  {what}\n"
+        f"  {out / name!s:<36} {_count_bytes(out / name) / 1e3:8,.0f} kB  {what}\n"
         for name, what in results.items()
     ]
     _say("Everything works. What was made (the weights are random, so the videos are noise):")
