@@ -120,11 +120,10 @@ def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> 
     """
     words = Counter("▁" + word for text in corpus for word in text.split())
     characters = sorted(set("".join(words)))
-    num_words = vocab_size - len(_SPECIAL_TOKENS) - len(characters)
     pieces = [(token, 0.0) for token in _SPECIAL_TOKENS]
     pieces += [(character, -10.0) for character in characters]  # a word beats its characters
-    pieces += [(word, -1.0) for word, _ in words.most_common(num_words) if len(word) > 1]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=_SPECIAL_TOKENS.index("<unk>")))
+    pieces += [(word, -1.0) for word, _ in words.most_common()]
+    tokenizer = Tokenizer(models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>")))
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
