@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,15 @@ def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
     assert len(place.stored()) == 3  # the refused run left the old cache whole
     assert place.run("--regenerate_cache", other) == 0
     assert (counted.captions, counted.clips) == (6, 6)
+
+
+def test_file_names_of_any_bytes(place):
+    name = os.fsdecode(b"\xff \xc3\xa4 caf\xe9.png")
+    write_image(place.clips / "x.png", (40, 40))
+    (place.clips / "x.png").rename(place.clips / name)
+    (place.clips / name).with_suffix(".txt").write_text("a still")
+    assert place.run() == 0
+    assert list(place.stored()) == [name]
 
 
 def _no_caption(place):
