@@ -30,6 +30,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
+from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
@@ -79,6 +80,7 @@ def sample(args: argparse.Namespace) -> None:
     adapter = None
     if args.lora is not None:
         adapter = load_adapter(args.lora, base_digest=card.digests["transformer"])
+    claim_gpu_memory()
     seed = secrets.randbelow(2**31) if args.seed == -1 else args.seed
     _say(f"{bucket}, {args.steps} steps of {args.solver}, guidance {args.guidance:g}, seed {seed}")
 
@@ -99,6 +101,7 @@ def sample(args: argparse.Namespace) -> None:
         width_px=bucket.width_px,
         height_px=bucket.height_px,
     )
+    _say(describe_peak_memory())
     _say(f"{args.out}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
 
 

@@ -152,15 +152,21 @@ def _read_video(path: Path, info: MediaInfo, bucket: Bucket) -> np.ndarray:
     return _read_video(path, info._replace(frames=decoded), bucket)
 
 
+# PyAV before 19 stops at a title that is not UTF-8; from 19 on it replaces what it cannot read.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), **_LENIENT) as container:
             if not container.streams.video:
                 raise BadInput(f"{path}: has no video stream; remove it")
             yield container, container.streams.video[0]
-    # Not FFmpeg's: metadata in PyAV < 19, and a stream that turns up in the middle of a file.
-    except (av.error.FFmpegError, UnicodeDecodeError, IndexError) as error:
+    # IndexError: PyAV meets a stream that turns up in the middle of the file.
+    except (av.error.FFmpegError, IndexError) as error:
         raise BadInput(
             f"{path}: does not decode as a video ({error}); re-encode or remove it"
         ) from None
