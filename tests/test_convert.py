@@ -1,5 +1,6 @@
 """PyTorch folder to model folder: same bits, same digests, little memory, all or nothing."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,12 +16,17 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, TINY_VAE, write_official_folder
 
 import convert.weights
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, weights
+from wan22_jax.demo_checkpoint import (
+    TINY_TEXT_ENCODER,
+    TINY_TRANSFORMER,
+    TINY_VAE,
+    write_checkpoint,
+)
 from wan22_jax.errors import BadInput
 from wan22_jax.model.vae import WAN22_VAE
 from wan22_jax.tensor_files import SafetensorsFiles
@@ -33,7 +39,7 @@ TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     folder = tmp_path_factory.mktemp("official")
-    write_official_folder(folder)
+    write_checkpoint(folder, captions=["a cat"])
     return folder
 
 
@@ -135,7 +141,8 @@ def test_card_says_what_is_there(official, converted):
     hash(card.vae)  # lists in the JSON came back as tuples
     assert len({*card.digests.values(), card.digest}) == 4
     tokenizer = model_folder.tokenizer_folder(out)
-    assert (tokenizer / "tokenizer.json").read_text() == "{}"
+    for path in (official / "google" / "umt5-xxl").iterdir():
+        assert (tokenizer / path.name).read_bytes() == path.read_bytes()
 
 
 def test_loading_casts_all_but_what_stays(converted):
@@ -341,9 +348,8 @@ def test_config_and_tensors_must_agree(copied, tmp_path):
 
 
 def test_networks_must_fit_together(copied, tmp_path):
-    write_official_folder(
-        tmp_path / "wide", text_encoder=TINY_TEXT_ENCODER.__class__(256, 64, 64, 4, 2)
-    )
+    text_encoder = dataclasses.replace(TINY_TEXT_ENCODER, dim=64)
+    write_checkpoint(tmp_path / "wide", captions=["a cat"], text_encoder=text_encoder)
     shutil.copy(tmp_path / "wide" / TEXT_FILE, copied / TEXT_FILE)
     with pytest.raises(BadInput, match="text_dim 32 is not the 64"):
         convert_folder(copied, tmp_path / "out")
@@ -358,9 +364,9 @@ def test_other_latent_statistics_are_refused(diffusers, tmp_path):
 
 
 def test_a_truncated_shard_is_named(copied, tmp_path):
-    shard = copied / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    shard = copied / "diffusion_pytorch_model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(BadInput, match=r"00002-of-00002\.safetensors: a complete safetensors file"):
+    with pytest.raises(BadInput, match=r"00002-of-00003\.safetensors: a complete safetensors file"):
         convert_folder(copied, tmp_path / "out")
 
 

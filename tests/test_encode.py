@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from make_clips import write_image, write_video
-from tiny_checkpoint import TINY_VAE, write_official_folder
 
 from convert.weights import main as convert
 from wan22_jax import encode
@@ -17,7 +16,7 @@ from wan22_jax.data.cache import name_encoders
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
-from wan22_jax.demo_checkpoint import write_tokenizer
+from wan22_jax.demo_checkpoint import TINY_VAE, write_checkpoint
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import load_text_encoder, load_vae, read_model_card, tokenizer_folder
 from wan22_jax.text import encode_text, load_tokenizer
@@ -33,8 +32,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
         official = folder / f"official{seed}"
-        write_official_folder(official, seed=10 * seed, vae=VAE)
-        write_tokenizer(official / "google" / "umt5-xxl", CAPTIONS.values(), vocab_size=256)
+        write_checkpoint(official, captions=CAPTIONS.values(), vae=VAE, seed=seed)
         out = str(folder / f"model{seed}")
         assert convert(["--ckpt_path", str(official), "--out", out, "--dtype", "float32"]) == 0
     return folder

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
-from tiny_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, TINY_VAE, draw_weights
 
+from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, TINY_VAE, draw_weights
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TI2V_5B, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5_XXL

@@ -23,7 +23,7 @@ from wan22_jax.model.vae import WAN22_VAE, VAEConfig, WanVAE
 from wan22_jax.weights import parameter_shapes
 
 TINY_TRANSFORMER = TransformerConfig(
-    dim=96, ffn_dim=192, num_heads=4, num_layers=3, text_dim=64, freq_dim=32
+    dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, freq_dim=16
 )
 TINY_VAE = VAEConfig(
     encoder_dim=8,
@@ -34,7 +34,7 @@ TINY_VAE = VAEConfig(
     latents_mean=WAN22_VAE.latents_mean,
     latents_std=WAN22_VAE.latents_std,
 )
-TINY_TEXT_ENCODER = UMT5Config(vocab_size=256, dim=64, ffn_dim=128, num_heads=4, num_layers=2)
+TINY_TEXT_ENCODER = UMT5Config(vocab_size=256, dim=32, ffn_dim=64, num_heads=4, num_layers=2)
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
@@ -123,7 +123,9 @@ def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> 
     pieces = [(token, 0.0) for token in _SPECIAL_TOKENS]
     pieces += [(character, -10.0) for character in characters]  # a word beats its characters
     pieces += [(word, -1.0) for word, _ in words.most_common()]
-    tokenizer = Tokenizer(models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>")))
+    tokenizer = Tokenizer(
+        models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>"))
+    )
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
