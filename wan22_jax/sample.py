@@ -30,6 +30,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
+from wan22_jax.sharding import claim_gpu_memory
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
@@ -39,7 +40,9 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return run_command(lambda: sample(parse_arguments(sys.argv[1:])))
+    args = parse_arguments(sys.argv[1:])
+    claim_gpu_memory()
+    return run_command(lambda: sample(args))
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
