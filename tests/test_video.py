@@ -1,3 +1,4 @@
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -68,6 +69,19 @@ def test_containers_that_promise_no_frame_count(tmp_path, suffix):
     write_video(path, 10, codec=codec)
     assert probe(path)[:4] == (64, 48, 10, 24)
     assert read_clip(path, probe(path), Bucket(64, 32, 9)).shape == (9, 32, 64, 3)
+
+
+def test_frames_outside_the_edit_list_do_not_count(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, 60)
+    data = bytearray(path.read_bytes())
+    field = data.index(b"elst") + 12  # duration of the only edit, as a phone's trim sets it
+    (duration,) = struct.unpack_from(">I", data, field)
+    struct.pack_into(">I", data, field, duration // 2)
+    path.write_bytes(data)
+    info = probe(path)
+    assert info.frames == 30
+    assert read_clip(path, info, Bucket(64, 32, 29)).shape[0] == 29
 
 
 def test_crop_is_cover_centre_bicubic(tmp_path):

@@ -7,6 +7,7 @@ safetensors instead of .pth, so that nothing here needs PyTorch. The weights are
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -91,19 +92,22 @@ def draw_weights(module: nnx.Module, *, seed: int) -> dict[str, np.ndarray]:
     Each is a function of seed and name alone. Norms are near 1 and biases near 0, but none is
     constant, so that a weight that is lost or swapped changes the result.
     """
-    weights = {}
-    for name, shape in parameter_shapes(module).items():
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        draw = rng.standard_normal(shape, np.float32)
-        if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
-            weights[name] = 1 + 0.1 * draw
-        elif len(shape) == 1:
-            weights[name] = 0.1 * draw
-        elif name == "token_embedding.weight":
-            weights[name] = draw
-        else:
-            weights[name] = draw / np.float32(np.sqrt(np.prod(shape[1:])))
-    return weights
+    shapes = parameter_shapes(module)
+    with ThreadPoolExecutor() as pool:  # the full-size benchmark draws eleven billion numbers
+        draws = pool.map(lambda name: _draw_weight(name, shapes[name], seed), shapes)
+        return dict(zip(shapes, draws, strict=True))
+
+
+def _draw_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    draw = rng.standard_normal(shape, np.float32)
+    if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
+        return 1 + np.float32(0.1) * draw
+    if len(shape) == 1:
+        return np.float32(0.1) * draw
+    if name == "token_embedding.weight":
+        return draw
+    return draw / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
 def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> None:

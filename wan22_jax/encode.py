@@ -39,6 +39,7 @@ from wan22_jax.model_folder import (
     read_model_card,
     tokenizer_folder,
 )
+from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory
 from wan22_jax.text import encode_text, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
@@ -74,6 +75,7 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
     Raises:
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
     """
+    claim_gpu_memory()
     directories = read_directories(dataset_file)
     encoders = name_encoders(read_model_card(model).digests)
     surveys = [survey_folder(d.path, d.rule, warn=_warn) for d in directories]
@@ -90,7 +92,7 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
         for work in jobs:
             entries = [_make_entry(clip, bucket) for clip in work.clips for bucket in clip.buckets]
             work.cache.finish(entries, buckets=work.directory.rule.buckets)
-    sys.stdout.write(_describe(jobs))
+    sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
-from wan22_jax.sharding import claim_gpu_memory
+from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
@@ -102,6 +102,7 @@ def sample(args: argparse.Namespace) -> None:
         width_px=bucket.width_px,
         height_px=bucket.height_px,
     )
+    _say(describe_peak_memory())
     _say(f"{args.out}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
 
 

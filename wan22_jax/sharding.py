@@ -23,3 +23,10 @@ def claim_gpu_memory() -> None:
     Before the first array is made; a user's own setting wins.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+
+def describe_peak_memory() -> str:
+    """Says how much memory of the first device was in use at most, where the device tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return f"peak device memory {peak / 1e9:.1f} GB" if peak else "peak device memory not known"

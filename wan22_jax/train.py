@@ -27,7 +27,7 @@ from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import ModelCard, load_transformer, read_model_card
-from wan22_jax.sharding import claim_gpu_memory, make_mesh, replicated
+from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory, make_mesh, replicated
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import compile_train_step, init_state, split_model
@@ -148,6 +148,7 @@ def train(
                     progress.say(f"step {done}: saving {checkpoints.directory / str(done)}")
                     saved_at, saved_step = time.monotonic(), done
         checkpoints.wait_until_finished()
+    log.info("%s", describe_peak_memory())
     log.info("done: %d steps, last checkpoint %s/checkpoints/%d", total_steps, run_dir, saved_step)
     return run_dir
 

@@ -103,6 +103,8 @@ def _probe_video(path: Path) -> MediaInfo:
     packets = kept = 0
     damaged = False
     with _open_video(path) as (container, stream):
+        # mp4 lists its packets up front, so a cut file shows; other formats promise nothing.
+        promised = len(stream.index_entries) if "mp4" in container.format.name else 0
         for packet in container.demux(stream):
             if packet.size:
                 packets += 1
@@ -110,8 +112,6 @@ def _probe_video(path: Path) -> MediaInfo:
                 damaged |= packet.is_corrupt
             if first is None:
                 first = next(iter(packet.decode()), None)
-        # mp4 promises its frames up front, so a cut file shows; other formats promise nothing.
-        promised = stream.frames if "mp4" in container.format.name else 0
         fps = stream.average_rate or stream.guessed_rate
     if damaged or packets < promised:
         raise BadInput(
@@ -149,16 +149,22 @@ def _read_video(path: Path, info: MediaInfo, bucket: Bucket) -> np.ndarray:
     return _read_video(path, info._replace(frames=decoded), bucket)
 
 
+# PyAV before 19 stops at a title that is not UTF-8; from 19 on it replaces what it cannot read.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), **_LENIENT) as container:
             if not container.streams.video:
                 raise BadInput(f"{path}: has no video stream; remove it")
             yield container, container.streams.video[0]
     except av.error.FFmpegError as error:
         raise BadInput(
-            f"{path}: does not decode as a video ({error.strerror}); re-encode or remove it"
+            f"{path}: does not decode as a video ({error}); re-encode or remove it"
         ) from None
 
 
