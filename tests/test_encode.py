@@ -1,14 +1,15 @@
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from make_clips import write_image, write_video
 from tiny_checkpoint import TINY_VAE, write_official_folder
-from tiny_tokenizer import make_tiny_tokenizer
 
 from convert.weights import main as convert
 from wan22_jax import encode
@@ -16,6 +17,7 @@ from wan22_jax.data.cache import name_encoders
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
+from wan22_jax.demo_checkpoint import write_tokenizer
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import load_text_encoder, load_vae, read_model_card, tokenizer_folder
 from wan22_jax.text import encode_text, load_tokenizer
@@ -32,7 +34,7 @@ def models(tmp_path_factory):
     for seed in (0, 1):
         official = folder / f"official{seed}"
         write_official_folder(official, seed=10 * seed, vae=VAE)
-        make_tiny_tokenizer(official / "google" / "umt5-xxl", CAPTIONS.values())
+        write_tokenizer(official / "google" / "umt5-xxl", CAPTIONS.values(), vocab_size=256)
         out = str(folder / f"model{seed}")
         assert convert(["--ckpt_path", str(official), "--out", out, "--dtype", "float32"]) == 0
     return folder
@@ -114,7 +116,7 @@ def test_folder_to_cache_to_batch(place, capsys):
     for file, (bucket, (latents_TYXC, text_SE)) in stored.items():
         path = place.clips / file
         pixels_TYX3 = read_clip(path, probe(path), bucket)
-        video_1TYX3 = pixels_TYX3[None].astype(np.float32) / 127.5 - 1
+        video_1TYX3 = jnp.asarray(pixels_TYX3[None]).astype(jnp.float32) / 127.5 - 1
         (whole_1TYXC,) = vae.encode_chunks([video_1TYX3])
         assert latents_TYXC.dtype == text_SE.dtype == ml_dtypes.bfloat16
         rounding = {"rtol": 2**-8, "atol": 2e-5}
@@ -191,6 +193,15 @@ def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
     assert len(place.stored()) == 3  # the refused run left the old cache whole
     assert place.run("--regenerate_cache", other) == 0
     assert (counted.captions, counted.clips) == (6, 6)
+
+
+def test_file_names_of_any_bytes(place):
+    name = os.fsdecode(b"\xff \xc3\xa4 caf\xe9.png")
+    write_image(place.clips / "x.png", (40, 40))
+    (place.clips / "x.png").rename(place.clips / name)
+    (place.clips / name).with_suffix(".txt").write_text("a still")
+    assert place.run() == 0
+    assert list(place.stored()) == [name]
 
 
 def _no_caption(place):

@@ -140,6 +140,19 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
         assert (read_clip(path, probe(path), Bucket(32, 32, 1)) == value).all()
 
 
+def test_photo_with_a_second_view_is_its_first(tmp_path):
+    first, second = Image.new("RGB", (40, 40), "white"), Image.new("RGB", (40, 40), "black")
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    info = probe(tmp_path / "a.jpg")
+    assert (read_clip(tmp_path / "a.jpg", info, Bucket(32, 32, 1)) == 255).all()
+
+
+def test_sixteen_bits_of_grey_are_refused(tmp_path):
+    Image.new("I;16", (40, 40), 30000).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="8 bits"):
+        probe(tmp_path / "a.png")
+
+
 def _junk(path):
     path.write_bytes(b"not a film" * 100)
 

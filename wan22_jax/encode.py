@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -140,7 +141,7 @@ def encode_pixels(vae: WanVAE, pixels_TYX3: np.ndarray) -> np.ndarray:
     """Encodes uint8 frames, 4n + 1 of them, a few at a time; returns float32 latents_TYXC."""
     starts = range(1, len(pixels_TYX3), TIME_STRIDE)
     chunks = [pixels_TYX3[:1], *(pixels_TYX3[i : i + TIME_STRIDE] for i in starts)]
-    scaled = (chunk[None].astype(np.float32) / 255 * 2 - 1 for chunk in chunks)
+    scaled = (jnp.asarray(chunk[None]).astype(jnp.float32) / 255 * 2 - 1 for chunk in chunks)
     latents_1TYXC = np.concatenate([np.asarray(x) for x in vae.encode_chunks(scaled)], axis=1)
     return latents_1TYXC[0]
 

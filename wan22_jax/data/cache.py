@@ -275,7 +275,7 @@ def _clear(folder: Path) -> None:
 
 
 def _write_json(path: Path, tree: object) -> None:
-    _write_atomically(path, json.dumps(tree, ensure_ascii=False).encode("utf-8"))
+    _write_atomically(path, json.dumps(tree).encode())
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

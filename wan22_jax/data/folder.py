@@ -60,8 +60,11 @@ def survey_folder(
         )
     media = _find_media(folder, warn)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(_survey_file, rule=rule), media)
-        results = list(tqdm(found, f"reading {folder}", len(media), unit="file"))
+        try:
+            found = pool.map(partial(_survey_file, rule=rule), media)
+            results = list(tqdm(found, f"reading {folder}", len(media), unit="file"))
+        finally:  # Ctrl-C does not wait for the files still in line
+            pool.shutdown(cancel_futures=True)
     problems = [result for result in results if isinstance(result, str)]
     if len(problems) == 1:
         raise BadInput(problems[0])
@@ -116,6 +119,8 @@ def _read_caption(path: Path) -> str:
         return path.read_text("utf-8-sig").strip()
     except FileNotFoundError:
         raise BadInput(f"{path}: caption missing; write it, or remove the clip") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{path}: is not UTF-8 (byte {error.start}); save it again as UTF-8"

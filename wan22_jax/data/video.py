@@ -89,8 +89,11 @@ def _probe_image(path: Path) -> MediaInfo:
 def _read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            # MPO: a photo that carries a second view or a preview.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise BadInput(f"{path}: is an animation; make it an mp4 file")
+            if image.mode[0] in "IF":  # Pillow would clip, not scale, these to 8 bits
+                raise BadInput(f"{path}: has more than 8 bits of grey; save it with 8 bits")
             return _flatten(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(
@@ -162,7 +165,8 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise BadInput(f"{path}: has no video stream; remove it")
             yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
+    # IndexError: PyAV meets a stream that turns up in the middle of the file.
+    except (av.error.FFmpegError, IndexError) as error:
         raise BadInput(
             f"{path}: does not decode as a video ({error}); re-encode or remove it"
         ) from None
