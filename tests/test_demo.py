@@ -1,6 +1,7 @@
 """The demo's inputs are what a user has, and a command that fails ends the demo by name."""
 
 import json
+import sysconfig
 from pathlib import Path
 
 import av
@@ -11,6 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from wan22_jax import demo
+from wan22_jax.adapter import load_adapter
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.demo_checkpoint import (
     TINY_TEXT_ENCODER,
@@ -22,6 +24,7 @@ from wan22_jax.demo_checkpoint import (
 from wan22_jax.demo_clips import write_clips
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.umt5 import UMT5
+from wan22_jax.model_folder import read_model_card
 from wan22_jax.text import load_tokenizer, tokenize
 from wan22_jax.weights import load_transformer, load_umt5, load_vae, parameter_shapes
 
@@ -165,3 +168,26 @@ def test_contact_sheet_shows_first_and_last_frames(tmp_path: Path):
         (row[..., 0] - row[..., 2]).mean() for row in (sheet[14:110], sheet[124:])
     ]
     assert red_more_than_blue[0] > 0 > red_more_than_blue[1]
+
+
+@pytest.mark.slow
+def test_the_whole_path_on_real_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Runs every installed command in its own process, as ``make demo`` does."""
+    if not Path(sysconfig.get_path("scripts"), "wan22-train").is_file():
+        pytest.skip("the console scripts are not installed (pip install -e .)")
+    out = tmp_path / "demo"
+    code = demo.main(["--out", str(out)])
+    captured = capfd.readouterr()
+    assert code == 0, captured.err
+    assert "Everything works" in captured.out
+    (run_dir,) = (out / "runs").iterdir()
+    assert {"60", "84"} <= {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert "steps 61 to 84" in captured.out  # resumed, not started again
+    digest = read_model_card(out / "model").digests["transformer"]
+    adapter = load_adapter(out / "lora.safetensors", base_digest=digest)
+    assert (adapter.rank, adapter.alpha, adapter.metadata["step"]) == (8, 16.0, "84")
+    assert all(matrix.any() for matrix in adapter.matrices.values())
+    for name in ("text_to_video.mp4", "image_to_video.mp4"):
+        info = probe(out / name)
+        assert (info.width_px, info.height_px, info.frames, info.fps) == (96, 96, 17, 24)
+    assert (out / "text_to_video.mp4").read_bytes() != (out / "image_to_video.mp4").read_bytes()

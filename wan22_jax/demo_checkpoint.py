@@ -6,6 +6,7 @@ safetensors instead of .pth, so that nothing here needs PyTorch. The weights are
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
@@ -34,6 +35,7 @@ TINY_VAE = VAEConfig(
     latents_std=WAN22_VAE.latents_std,
 )
 TINY_TEXT_ENCODER = UMT5Config(vocab_size=256, dim=64, ffn_dim=128, num_heads=4, num_layers=2)
+_SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 def write_checkpoint(
@@ -111,20 +113,20 @@ def _draw_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> None:
-    """Trains a SentencePiece-like tokenizer with umT5's conventions and writes its files.
+    """Writes a SentencePiece-like tokenizer with umT5's conventions, as a function of the corpus.
 
-    <pad> = 0, </s> = 1 after every text, <unk> = 2; at most ``vocab_size`` pieces.
+    <pad> = 0, </s> = 1 after every text, <unk> = 2, then the corpus's characters and its most
+    frequent words, at most ``vocab_size`` pieces in all.
     """
-    tokenizer = Tokenizer(models.Unigram())
+    words = Counter("▁" + word for text in corpus for word in text.split())
+    characters = sorted(set("".join(words)))
+    pieces = [(token, 0.0) for token in _SPECIAL_TOKENS]
+    pieces += [(character, -10.0) for character in characters]  # a word beats its characters
+    pieces += [(word, -1.0) for word, _ in words.most_common()]
+    tokenizer = Tokenizer(models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>")))
+    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

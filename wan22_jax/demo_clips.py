@@ -56,9 +56,9 @@ def write_clips(folder: Path) -> list[Path]:
         write_mp4(path, frames, width_px=width_px, height_px=height_px, fps=fps)
         path.with_suffix(".txt").write_text(scene.caption + "\n", "utf-8")
         files.append(path)
-    for scene in list_scenes()[:2]:
+    for scene, width_px in zip(list_scenes(), (128, 192), strict=False):
         path = folder / f"{scene.colour}_{scene.shape}_still.png"
-        draw_scene(scene, 192, 128, progress=0.5).save(path)
+        draw_scene(scene, width_px, 128, progress=0.5).save(path)
         caption = f"A {scene.colour} {scene.shape} on a grey background."
         path.with_suffix(".txt").write_text(caption + "\n", "utf-8")
         files.append(path)
