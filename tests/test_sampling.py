@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden.make_sampling import CASES, GOLDEN, GUIDANCE, SHAPE, SHIFT, toy_velocity
+from jax.sharding import AxisType, Mesh
 
 from wan22_jax import sampling
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sampling import sample_latents, sigma_schedule, solver_weights
+from wan22_jax.sharding import replicated
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +246,15 @@ def test_weights_are_an_argument_of_the_compiled_model(transformer):
     graphdef, state = nnx.split(transformer)
     doubled = nnx.merge(graphdef, jax.tree.map(lambda leaf: 2 * leaf, state))
     assert np.abs(draw_tiny(doubled) - before).max() > 0.1
+
+
+def test_every_step_runs_the_same_program(transformer):
+    # Weights from disk are committed to a device, noise is not until it has met them.
+    graphdef, state = nnx.split(transformer)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    for sharding in (jax.sharding.SingleDeviceSharding(jax.devices()[1]), replicated(mesh)):
+        model = nnx.merge(graphdef, jax.device_put(state, sharding))
+        draw_tiny(model, steps=1)
+        programs = sampling._run_module._cache_size()
+        draw_tiny(model, steps=3)
+        assert sampling._run_module._cache_size() == programs

@@ -40,7 +40,9 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return run_command(lambda: sample(parse_arguments(sys.argv[1:])))
+    args = parse_arguments(sys.argv[1:])
+    claim_gpu_memory()
+    return run_command(lambda: sample(args))
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -80,7 +82,6 @@ def sample(args: argparse.Namespace) -> None:
     adapter = None
     if args.lora is not None:
         adapter = load_adapter(args.lora, base_digest=card.digests["transformer"])
-    claim_gpu_memory()
     seed = secrets.randbelow(2**31) if args.seed == -1 else args.seed
     _say(f"{bucket}, {args.steps} steps of {args.solver}, guidance {args.guidance:g}, seed {seed}")
 

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding
 from tqdm import tqdm
 
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.sharding import replicated
 
 Solver = Literal["unipc", "dpm++"]
 Velocity = Callable[..., jax.Array]  # (latents_BTYXC, sigma_BT, text_BSE) -> velocity_BTYXC
@@ -93,7 +95,7 @@ def sample_latents(
         progress: whether to draw a progress bar.
     """
     sigmas, timesteps = sigma_schedule(solver, steps, shift)
-    predict = _compile(model)
+    predict, sharding = _compile(model)
     text = jnp.asarray(text)
     negative = None if negative is None else jnp.asarray(negative)
     if noise is None:
@@ -113,9 +115,10 @@ def sample_latents(
     for step in tqdm(range(steps), desc="denoise", unit="step", disable=not progress):
         sigma_T = (timesteps[step] / 1000 * sigma_scale_T).astype(np.float32)
         sigma_BT = jnp.broadcast_to(sigma_T, shape[:2])
-        velocity = jnp.asarray(predict(memory.sample, sigma_BT, text), jnp.float32)
+        sample = jax.device_put(memory.sample, sharding)  # or a later step would compile again
+        velocity = jnp.asarray(predict(sample, sigma_BT, text), jnp.float32)
         if guidance != 1:
-            away = jnp.asarray(predict(memory.sample, sigma_BT, negative), jnp.float32)
+            away = jnp.asarray(predict(sample, sigma_BT, negative), jnp.float32)
             velocity = away + guidance * (velocity - away)
         weights = solver_weights(solver, sigmas, step)
         memory = _advance(memory, velocity, sigmas[step], weights, first_frame)
@@ -220,10 +223,15 @@ def _interval(
     return sigmas[step + 1] / sigmas[step], (1 - sigmas[step + 1]) * shrink, shrink, width
 
 
-def _compile(model: Velocity) -> Velocity:
+def _compile(model: Velocity) -> tuple[Velocity, Sharding | None]:
+    """Also returns where latents live that come out of the model: wherever its weights do."""
     if not isinstance(model, nnx.Module):
-        return model
-    return partial(_run_module, *nnx.split(model))
+        return model, None
+    graphdef, state = nnx.split(model)
+    sharding = jax.tree.leaves(state)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = replicated(sharding.mesh)
+    return partial(_run_module, graphdef, state), sharding
 
 
 @partial(jax.jit, static_argnums=0)
