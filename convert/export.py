@@ -84,9 +84,12 @@ def write_adapter(adapter: Adapter, path: Path) -> None:
     """Writes a safetensors file with ComfyUI's names and the adapter's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = safetensors.numpy.save(to_comfyui(adapter), metadata=adapter.metadata)
-    with path.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+    except OSError as error:  # write and fsync do not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _cast(adapter: Adapter, dtype: str, *, source: str) -> Adapter:

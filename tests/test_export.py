@@ -1,5 +1,6 @@
 """Adapters in and out: alpha is never the rank and B never zero, so a lost scale would show."""
 
+import errno
 import json
 import os
 import signal
@@ -271,6 +272,21 @@ def test_a_file_that_reads_back_differently_is_not_kept(
     monkeypatch.setattr(export, "write_adapter", write_flipped)
     with pytest.raises(BadInput, match="reads back differently"):
         export_adapter(run_dir, tmp_path / "lora.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def fill(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.os, "fsync", fill)
+    out = tmp_path / "lora.safetensors"
+    assert export.main(["--checkpoint", str(run_dir), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the disk is full while writing" in line
+    assert out.name in line
     assert not list(tmp_path.iterdir())
 
 
