@@ -123,7 +123,9 @@ def write_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int) -> 
     pieces = [(token, 0.0) for token in _SPECIAL_TOKENS]
     pieces += [(character, -10.0) for character in characters]  # a word beats its characters
     pieces += [(word, -1.0) for word, _ in words.most_common()]
-    tokenizer = Tokenizer(models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>")))
+    tokenizer = Tokenizer(
+        models.Unigram(pieces[:vocab_size], unk_id=_SPECIAL_TOKENS.index("<unk>"))
+    )
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
