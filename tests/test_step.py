@@ -1,5 +1,6 @@
 """The train step: what it draws, what it trains, and that it does so once, exactly."""
 
+import functools
 from functools import partial
 
 import jax
@@ -52,17 +53,28 @@ def make_batch(seed: int, *, accumulate: int = 1, size: int = 2, frames: int = 3
     )
 
 
-def make_run(*, i2v_fraction: float = 0.5, remat: bool = False):
+@functools.cache
+def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
+    """The compiled step, its frozen weights and a function that makes fresh states for it."""
     sharding = replicated(make_mesh())
     graphdef, trainable, frozen = split_model(make_model())
     optimizer = make_optimizer(
-        1e-2, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
+        lr, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
     )
-    state = jax.device_put(init_state(trainable, optimizer), sharding)
     step = compile_train_step(
-        graphdef, optimizer, i2v_fraction=i2v_fraction, remat=remat, sharding=sharding
+        graphdef, optimizer, i2v_fraction=i2v_fraction, remat=False, sharding=sharding
     )
-    return state, jax.device_put(frozen, sharding), step
+
+    def make_state() -> TrainState:
+        fresh = jax.tree.map(jnp.copy, trainable)
+        return jax.device_put(init_state(fresh, optimizer), sharding)
+
+    return make_state, jax.device_put(frozen, sharding), step
+
+
+def make_run(**options):
+    make_state, frozen, step = make_step(**options)
+    return make_state(), frozen, step
 
 
 def draw_batch(size: int, frames: int, i2v_fraction: float) -> Draws:
@@ -77,16 +89,19 @@ def assert_same(left: TrainState, right: TrainState) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_clip_is_learnt_and_only_the_adapter_moves():
-    state, frozen, step = make_run(i2v_fraction=0.0)
+def test_training_learns_and_only_the_adapter_moves():
+    state, frozen, step = make_run(i2v_fraction=0.0, lr=5e-2)
     before = jax.tree.map(np.asarray, frozen)
     batch = make_batch(0)
-    losses = []
-    for _ in range(60):
-        state, metrics = step(state, frozen, batch, SEED, GRID)
-        losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    assert int(state.step) == 60
+    graphdef, start, _ = split_model(make_model())
+    held_out = (*(jnp.asarray(x[0]) for x in batch), draw_batch(2, 3, 0.0))
+    loss = jax.jit(partial(loss_fn, graphdef=graphdef, remat=False))
+    for _ in range(100):
+        state, _ = step(state, frozen, batch, SEED, GRID)
+    assert int(state.step) == 100
+    # Not near zero: a width of 32 cannot carry the 192 numbers of a token's noise.
+    trained = loss(state.trainable, frozen, *held_out)
+    assert float(trained) < 0.9 * float(loss(start, frozen, *held_out))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -105,7 +120,8 @@ def test_accumulated_micro_batches_equal_one_batch():
 
 
 def test_compiles_once_for_each_shape():
-    state, frozen, step = make_run()
+    make_state, frozen, step = make_step.__wrapped__()
+    state = make_state()
     for seed in range(3):
         state, _ = step(state, frozen, make_batch(seed), SEED, GRID)
     assert step._cache_size() == 1
@@ -121,7 +137,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
         if seed == 2:
             with open_checkpoints(tmp_path) as manager:
                 save_state(manager, state, {"note": "half way"})
-    again, frozen, step = make_run()
+    make_state, frozen, step = make_step.__wrapped__()
+    again = make_state()
     with open_checkpoints(tmp_path) as manager:
         again, meta = restore_state(manager, again)
     assert meta["note"] == "half way"
@@ -199,20 +216,24 @@ def test_loss_is_the_plain_mean_of_the_trained_frames():
 
 
 def test_recomputing_blocks_changes_no_bit():
+    """Bit for bit op by op; compiled, the same up to how XLA fuses the two programs."""
     graphdef, trainable, frozen = split_model(make_model())
     trainable = fill_lora_b(trainable)
-    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
-    draws = draw_batch(2, 3, 0.5)
-    results = {}
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0][:1, :1]) for x in make_batch(0))
+    draws = jax.tree.map(lambda x: x[:1, :1], draw_batch(1, 3, 0.0))
+    args = (trainable, frozen, latents_BTYXC, text_BSE, draws)
+    eager, compiled = {}, {}
     for remat in (False, True):
         loss = partial(loss_fn, graphdef=graphdef, remat=remat)
-        grad = jax.value_and_grad(loss)
-        results[remat] = jax.jit(grad)(trainable, frozen, latents_BTYXC, text_BSE, draws)
-        jaxpr = jax.make_jaxpr(loss)(trainable, frozen, latents_BTYXC, text_BSE, draws)
-        assert (" remat" in str(jaxpr) or "checkpoint" in str(jaxpr)) is remat
-    for a, b in zip(jax.tree.leaves(results[False]), jax.tree.leaves(results[True]), strict=True):
+        assert ("remat" in str(jax.make_jaxpr(loss)(*args))) is remat
+        compiled[remat] = jax.jit(jax.value_and_grad(loss))(*args)
+        with jax.disable_jit():
+            eager[remat] = jax.value_and_grad(loss)(*args)
+    for a, b in zip(jax.tree.leaves(eager[False]), jax.tree.leaves(eager[True]), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.any(np.asarray(a))
+    for a, b in zip(jax.tree.leaves(compiled[False]), jax.tree.leaves(compiled[True]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.asarray(a)).max())
 
 
 def test_fresh_adapter_changes_nothing_and_a_trained_one_does():
