@@ -97,7 +97,7 @@ def read_trainable(
         raise BadInput(f"{path}: holds no checkpoint; give a run folder made by wan22-train")
     with ocp.CheckpointManager(
         folder.absolute(),
-        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+        options=ocp.CheckpointManagerOptions(create=False),
         item_names=("trainable", "opt_state", "meta"),
     ) as manager:
         steps = sorted(manager.all_steps())

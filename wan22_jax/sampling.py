@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from tqdm import tqdm
 
 from wan22_jax.model.transformer import WanTransformer
@@ -99,6 +99,8 @@ def sample_latents(
     text = jnp.asarray(text)
     negative = None if negative is None else jnp.asarray(negative)
     if noise is None:
+        if key is None:
+            raise ValueError("give a key to draw noise from, or the noise itself")
         noise = jax.random.normal(key, shape, jnp.float32)
     sample = jnp.asarray(noise, jnp.float32)
     if sample.shape != tuple(shape):
@@ -229,7 +231,7 @@ def _compile(model: Velocity) -> tuple[Velocity, Sharding | None]:
         return model, None
     graphdef, state = nnx.split(model)
     sharding = jax.tree.leaves(state)[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         sharding = replicated(sharding.mesh)
     return partial(_run_module, graphdef, state), sharding
 
