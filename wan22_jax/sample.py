@@ -30,7 +30,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
-from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory
+from wan22_jax.sharding import claim_gpu, describe_peak_memory
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
@@ -41,7 +41,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 def main() -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(sys.argv[1:])
-    claim_gpu_memory()
+    claim_gpu()
     return run_command(lambda: sample(args))
 
 

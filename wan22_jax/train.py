@@ -27,7 +27,7 @@ from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import ModelCard, load_transformer, read_model_card
-from wan22_jax.sharding import claim_gpu_memory, describe_peak_memory, make_mesh, replicated
+from wan22_jax.sharding import claim_gpu, describe_peak_memory, make_mesh, replicated
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import compile_train_step, init_state, split_model
@@ -80,7 +80,7 @@ def train(
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
 
-    claim_gpu_memory()
+    claim_gpu()
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
     model = load_transformer(Path(config.model.ckpt_path), dtype=config.transformer_dtype)
