@@ -1,6 +1,5 @@
 """The text encoder against Hugging Face transformers (golden/make_umt5.py) and the checkpoint."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,23 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import make_umt5
+from golden.golden_file import find_faults
 
 from wan22_jax.model.umt5 import UMT5, UMT5_XXL, UMT5Config, relative_buckets
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def import_maker():
-    spec = importlib.util.spec_from_file_location("make_umt5", GOLDEN / "make_umt5.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER = import_maker()
-CONFIG = UMT5Config(**MAKER.SIZES)
+CONFIG = UMT5Config(**make_umt5.SIZES)
 
 
 def parameters(encoder) -> dict[str, nnx.Param]:
@@ -141,14 +132,14 @@ def test_bfloat16_stays_near_float32(encoder, golden):
 
 
 def test_buckets_equal_those_of_transformers(golden):
-    length = MAKER.OFFSET + 1
+    length = make_umt5.OFFSET + 1
     bucket_SS = relative_buckets(length)
     assert bucket_SS.shape == (length, length)
     assert bucket_SS.min() == 0
     assert bucket_SS.max() == 31
     # Row 0 has the keys to the right, its mirror image in the last row those to the left.
-    np.testing.assert_array_equal(bucket_SS[0], golden["buckets"][MAKER.OFFSET :])
-    np.testing.assert_array_equal(bucket_SS[-1], golden["buckets"][: MAKER.OFFSET + 1])
+    np.testing.assert_array_equal(bucket_SS[0], golden["buckets"][make_umt5.OFFSET :])
+    np.testing.assert_array_equal(bucket_SS[-1], golden["buckets"][: make_umt5.OFFSET + 1])
 
 
 def test_full_size_names_and_shapes_are_the_checkpoints():
@@ -168,4 +159,4 @@ def test_heads_must_divide_the_width():
 @pytest.mark.parity
 def test_golden_arrays_are_reproduced():
     pytest.importorskip("torch")
-    assert MAKER.check(MAKER.make_arrays()) == []
+    assert find_faults(make_umt5.GOLDEN, make_umt5.make_arrays()) == []

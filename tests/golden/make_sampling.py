@@ -5,7 +5,6 @@ down anew from the original's table of 1000 training sigmas. The velocity is a s
 function that exists in both frameworks. `--check` recomputes and compares instead of writing.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +40,15 @@ def make_inputs() -> dict[str, np.ndarray]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true")
+def main() -> int:
+    from golden_file import write_or_check  # beside this script, which is run as one
+
     arrays = make_inputs()
     for name, (mode, solver, steps) in CASES.items():
         sigmas, timesteps = _schedule(solver, steps)
         arrays[f"{name}/sigmas"], arrays[f"{name}/timesteps"] = sigmas, timesteps
         arrays[f"{name}/samples"] = _run(mode, solver, sigmas, timesteps)
-    if not parser.parse_args().check:
-        np.savez_compressed(GOLDEN, **arrays)
-        return
-    with np.load(GOLDEN) as golden:
-        if set(golden) != set(arrays):
-            raise SystemExit(f"{GOLDEN.name} holds other cases than this script makes")
-        for name, array in arrays.items():
-            error = np.abs(golden[name] - array).max() / np.abs(array).max()
-            if not error <= 1e-6:
-                raise SystemExit(f"{GOLDEN.name}: {name} differs by {error:.1e} relative")
+    return write_or_check(GOLDEN, arrays, about=__doc__)
 
 
 def _schedule(solver: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,4 +98,4 @@ def _run(mode: str, solver: str, sigmas: np.ndarray, timesteps: np.ndarray) -> n
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,10 +14,8 @@ The reference runs in float64, in which Diffusers' casts to float32 are turned t
 time sinusoid from float32 angles, the original from float64 ones: here it is given the latter.
 """
 
-import argparse
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -213,24 +211,9 @@ def _differentiate(model, latents, timestep, text):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    arrays = _compute()
-    if not parser.parse_args().check:
-        np.savez_compressed(GOLDEN, **arrays)
-        return 0
-    stored = dict(np.load(GOLDEN))
-    wrong = sorted(
-        name
-        for name in arrays.keys() | stored.keys()
-        if name not in arrays
-        or name not in stored
-        or arrays[name].shape != stored[name].shape
-        or np.abs(arrays[name] - stored[name]).max() > 1e-6 * np.abs(stored[name]).max()
-    )
-    if wrong:
-        sys.stderr.write(f"{GOLDEN.name} differs from Diffusers: {', '.join(wrong)}\n")
-    return int(bool(wrong))
+    from golden_file import write_or_check  # beside this script, which is run as one
+
+    return write_or_check(GOLDEN, _compute(), about=__doc__)
 
 
 if __name__ == "__main__":

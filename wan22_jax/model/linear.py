@@ -5,12 +5,16 @@ used, so a float32 input means float32 arithmetic and a bfloat16 input means bfl
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from wan22_jax.model.lora import LoRAParam, init_lora
+
+LayerT = TypeVar("LayerT", bound=nnx.Module)
 
 
 class Linear(nnx.Module):
@@ -39,6 +43,14 @@ class Linear(nnx.Module):
         if self.lora_A is not None and self.lora_B is not None:
             y = y + self.lora_scale * _matmul(_matmul(x, self.lora_A[...]), self.lora_B[...])
         return y
+
+
+def stack_layers(
+    make_layer: Callable[[nnx.Rngs], LayerT], num_layers: int, rngs: nnx.Rngs
+) -> LayerT:
+    """Makes one module whose parameters hold all layers, along a new leading axis."""
+    split = nnx.split_rngs(splits=num_layers)
+    return split(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:

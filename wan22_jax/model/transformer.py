@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from wan22_jax.model.attention import attend
-from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, layer_norm
+from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, layer_norm, stack_layers
 from wan22_jax.model.rope import apply_rope, rope_angles
 
 
@@ -56,7 +56,7 @@ class WanTransformer(nnx.Module):
             {"0": Linear(config.freq_dim, dim, rngs=rngs), "2": Linear(dim, dim, rngs=rngs)}
         )
         self.time_projection = nnx.Dict({"1": Linear(dim, 6 * dim, rngs=rngs)})
-        self.blocks = _stack_blocks(config, rngs)
+        self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
 
     def __call__(
@@ -293,12 +293,3 @@ def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:
     """Rounds float64 to a mantissa of so many bits."""
     mantissa, exponent = np.frexp(value)
     return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
-
-
-def _stack_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return make(rngs)

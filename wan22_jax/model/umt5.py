@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from wan22_jax.model.linear import Linear, RMSNorm
+from wan22_jax.model.linear import Linear, RMSNorm, stack_layers
 
 NUM_BUCKETS = 32  # rows of a position table: 16 distances to the left, 16 to the right (umT5)
 EPS = 1e-6  # of every norm (umT5 config, layer_norm_epsilon)
@@ -42,7 +42,7 @@ class UMT5(nnx.Module):
             raise ValueError(f"dim {config.dim} is not a multiple of {config.num_heads} heads")
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.dim, std=1.0, rngs=rngs)
-        self.blocks = _stack_blocks(config, rngs)
+        self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.dim, eps=EPS)
 
     def __call__(
@@ -172,12 +172,3 @@ def relative_buckets(length: int) -> Int[np.ndarray, "S S"]:
     far_SS = 8 + np.searchsorted(squared_limits, distance_SS**2, side="right")
     bucket_SS = np.where(distance_SS < 8, distance_SS, far_SS)
     return np.where(offset_SS > 0, NUM_BUCKETS // 2, 0) + bucket_SS
-
-
-def _stack_blocks(config: UMT5Config, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return make(rngs)
