@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from wan22_jax.errors import BadInput
+from wan22_jax.geometry import PATCH
 from wan22_jax.model.transformer import TransformerConfig
 from wan22_jax.model.umt5 import UMT5_XXL, UMT5Config
 from wan22_jax.model.vae import WAN22_VAE, VAEConfig
@@ -118,6 +119,7 @@ def _refuse_other_models(folder: Path) -> None:
 
 def _read_transformer_config(path: Path) -> TransformerConfig:
     config = _read_json(path)
+    _check_numbers(config, path)
     if "attention_head_dim" in config:
         config["dim"] = config["attention_head_dim"] * config.get("num_attention_heads", 0)
     fields: dict[str, Any] = {
@@ -130,9 +132,26 @@ def _read_transformer_config(path: Path) -> TransformerConfig:
     if lost:
         raise BadInput(f"{path}: {', '.join(lost)} missing; download Wan2.2-TI2V-5B again")
     transformer = TransformerConfig(**fields)
+    if transformer.dim % (2 * transformer.num_heads):
+        raise BadInput(
+            f"{path}: dim {transformer.dim} does not divide into {transformer.num_heads} heads of "
+            "even width; download Wan2.2-TI2V-5B again"
+        )
     if is_other_model(transformer.dim, transformer.in_channels):
         raise BadInput(f"{path}: {OTHER_MODEL}")
     return transformer
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    keys = {key for names in _TRANSFORMER_FIELDS.values() for key in names}
+    for key in sorted(config.keys() & (keys | {"attention_head_dim"})):
+        value = config[key]
+        if key == "patch_size":
+            is_good = value == list(PATCH)
+        else:
+            is_good = type(value) is (float if key == "eps" else int) and value > 0
+        if not is_good:
+            raise BadInput(f"{path}: {key} cannot be {value!r}; download Wan2.2-TI2V-5B again")
 
 
 def _check_latent_statistics(path: Path) -> None:

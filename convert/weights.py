@@ -30,7 +30,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, open_checkpoint
-from wan22_jax.errors import BadInput, run_command
+from wan22_jax.errors import BadInput, is_full_disk, run_command
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.model.umt5 import UMT5
 from wan22_jax.model.vae import WanVAE
@@ -273,7 +273,7 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # TensorStore's only kind
-        if os.strerror(errno.ENOSPC) not in str(error):
+        if not is_full_disk(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 

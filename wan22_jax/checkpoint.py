@@ -4,6 +4,9 @@ A run folder holds ``checkpoints/<step>/`` with the items ``trainable`` (path ->
 ``opt_state`` (path -> array) and ``meta`` (JSON). The frozen base is never in it; its digest is.
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +15,58 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from wan22_jax.errors import BadInput
+from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.training.step import TrainState
 
 VERSION = 1
 FOLDER = "checkpoints"
+_SPARE_BYTES = 2**20  # for metadata, and for the logs until the next checkpoint
+_FULL_DISK_REMEDY = (
+    "free some space, then go on from the last complete checkpoint with --resume_from_checkpoint"
+)
 
 
-def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
-    """Opens the run's checkpoints for saving and restoring; saves are asynchronous and atomic."""
-    return ocp.CheckpointManager(
-        (run_dir / FOLDER).absolute(),
-        options=ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True),
-        item_names=("trainable", "opt_state", "meta"),
-    )
+@contextmanager
+def open_checkpoints(run_dir: Path) -> Iterator[ocp.CheckpointManager]:
+    """Opens the run's checkpoints for saving and restoring; saves are asynchronous and atomic.
+
+    What a killed run left half-written goes first, and so does what is half-written at the end.
+
+    Raises:
+        BadInput: the disk filled up inside of this context.
+    """
+    folder = (run_dir / FOLDER).absolute()
+    folder.mkdir(exist_ok=True)
+    _remove_unfinished(folder)
+    try:
+        with _manager(folder) as manager:
+            yield manager
+            manager.wait_until_finished()
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError only
+        if not is_full_disk(error):
+            raise
+        raise BadInput(f"{folder}: the disk filled up; {_FULL_DISK_REMEDY}") from error
+    finally:
+        _remove_unfinished(folder)
 
 
 def save_state(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts saving; ``meta`` gets the version and the step."""
+    """Starts saving; ``meta`` gets the version and the step; BadInput if the disk is too small."""
     step = int(state.step)
+    trainable, opt_state = flatten_state(state.trainable), _flatten_tree(state.opt_state)
+    manager.wait_until_finished()  # what is still being written takes space too
+    needed = sum(array.nbytes for array in [*trainable.values(), *opt_state.values()])
+    free = shutil.disk_usage(manager.directory).free
+    if free < needed + _SPARE_BYTES:
+        raise BadInput(
+            f"{manager.directory / str(step)}: a checkpoint takes {needed / 1e6:,.1f} MB, the disk "
+            f"has {free / 1e6:,.1f} MB free; {_FULL_DISK_REMEDY}"
+        )
     manager.save(
         step,
         args=ocp.args.Composite(
-            trainable=ocp.args.StandardSave(flatten_state(state.trainable)),
-            opt_state=ocp.args.StandardSave(_flatten_tree(state.opt_state)),
+            trainable=ocp.args.StandardSave(trainable),
+            opt_state=ocp.args.StandardSave(opt_state),
             meta=ocp.args.JsonSave({"version": VERSION, "step": step, **meta}),
         ),
     )
@@ -70,12 +101,11 @@ def restore_state(
     return TrainState(count, trainable, opt_state), restored["meta"]
 
 
-def read_meta(manager: ocp.CheckpointManager) -> dict[str, Any]:
+def read_meta(run_dir: Path) -> dict[str, Any]:
     """Reads the newest checkpoint's meta without its arrays."""
-    step = manager.latest_step()
-    if step is None:
-        raise BadInput(f"{manager.directory}: holds no checkpoint to resume from")
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    with _manager(run_dir / FOLDER) as manager:
+        step = manager.latest_step()
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def read_trainable(
@@ -93,13 +123,9 @@ def read_trainable(
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if not folder.is_dir() or not any(entry.name.isdigit() for entry in folder.iterdir()):
+    if not _holds_checkpoint(folder):
         raise BadInput(f"{path}: holds no checkpoint; give a run folder made by wan22-train")
-    with ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(create=False),
-        item_names=("trainable", "opt_state", "meta"),
-    ) as manager:
+    with _manager(folder) as manager:
         steps = sorted(manager.all_steps())
         step = steps[-1] if step is None else step
         if step not in steps:
@@ -121,10 +147,13 @@ def find_run(output_dir: Path, name: str | None) -> Path:
     """
     if name is not None:
         for run_dir in (output_dir / name, Path(name)):
-            if (run_dir / FOLDER).is_dir():
+            if _holds_checkpoint(run_dir / FOLDER):
                 return run_dir
-        raise BadInput(f"{output_dir / name}: is not a run folder with checkpoints")
-    runs = sorted(path.parent for path in output_dir.glob(f"*/{FOLDER}"))
+        raise BadInput(
+            f"{output_dir / name}: is not a run folder with checkpoints; leave the name out to "
+            "resume the newest run, or start one without the flag"
+        )
+    runs = sorted(path.parent for path in output_dir.glob(f"*/{FOLDER}") if _holds_checkpoint(path))
     if not runs:
         raise BadInput(f"{output_dir}: holds no run to resume from; start one without the flag")
     return runs[-1]
@@ -133,6 +162,24 @@ def find_run(output_dir: Path, name: str | None) -> Path:
 def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
     """Maps a state to path -> array."""
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(create=False),
+        item_names=("trainable", "opt_state", "meta"),
+    )
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    # Orbax's own cleaning runs in the background, and prints a traceback where the program ends.
+    for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # a save that was interrupted may still run
 
 
 def _join(path: tuple) -> str:

@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,9 +22,9 @@ Dtype = Literal["bfloat16", "float32"]
 
 
 class Table(BaseModel):
-    """One TOML table: frozen, no unknown keys, no silent conversion of types."""
+    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Table):
@@ -67,7 +67,9 @@ class OptimizerConfig(Table):
 
     type: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
-    betas: list[float] = Field(default=[0.9, 0.99], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.99], min_length=2, max_length=2
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     eps: float = Field(default=1e-8, gt=0)
 

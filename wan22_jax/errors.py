@@ -1,6 +1,7 @@
 """What a user sees when the input, not the program, is wrong: one line and exit code 2."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,10 +17,13 @@ def run_command(command: Callable[[], object]) -> int:
     except BadInput as error:
         message = " ".join(str(error).split())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if is_full_disk(error):
+            where = f" while writing {error.filename}" if error.filename else ""
+            message = f"the disk is full{where}; free some space and run the same command again"
+        elif error.errno in _WRONG_PATH and error.filename:
+            message = f"{error.filename}: {error.strerror}; choose another path or mend this one"
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        message = f"the disk is full{where}; free some space and run the same command again"
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return 130
@@ -27,3 +31,23 @@ def run_command(command: Callable[[], object]) -> int:
         return 0
     sys.stderr.write(f"error: {message}\n")
     return 2
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a disk, or a quota, is full; libraries in C++ say so in the text of other errors."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(os.strerror(number) in str(error) for number in numbers)
+
+
+# What a path can be that a user gave. Not ENOENT: that a file is not there is told apart earlier.
+_WRONG_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)

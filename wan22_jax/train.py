@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logger.propagate = False  # a library may have set up the root logger in its own format
+    for name in ("absl", "asyncio"):  # Orbax logs, page by page, what it raises anyway
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     overrides, resume = args.overrides, args.resume_from_checkpoint
     if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
         overrides, resume = [resume, *overrides], True
@@ -112,7 +114,9 @@ def train(
         if resume:
             state, _ = restore_state(checkpoints, state)
         first_step = int(state.step)
-        log.info("run %s: steps %d to %d", run_dir, first_step + 1, total_steps)
+        log.info("run %s: %d steps done, of %d", run_dir, first_step, total_steps)
+        if first_step >= total_steps:
+            log.info("nothing is left to do; raise epochs or max_steps to train on")
         progress = Progress(
             run_dir,
             first_step=first_step,
@@ -147,9 +151,8 @@ def train(
                     save_state(checkpoints, state, meta)
                     progress.say(f"step {done}: saving {checkpoints.directory / str(done)}")
                     saved_at, saved_step = time.monotonic(), done
-        checkpoints.wait_until_finished()
     log.info("%s", describe_peak_memory())
-    log.info("done: %d steps, last checkpoint %s/checkpoints/%d", total_steps, run_dir, saved_step)
+    log.info("done: %d steps, last checkpoint %s/checkpoints/%d", saved_step, run_dir, saved_step)
     return run_dir
 
 
@@ -191,14 +194,12 @@ def open_run(
     """
     output_dir = Path(config.output_dir)
     if not resume:
-        run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-        run_dir.mkdir(parents=True)
+        run_dir = _make_run_dir(output_dir)
         (run_dir / config_file.name).write_text(dump_config(config), "utf-8")
         shutil.copy(config.dataset, run_dir)
         return run_dir
     run_dir = find_run(output_dir, resume if isinstance(resume, str) else None)
-    with open_checkpoints(run_dir) as checkpoints:
-        saved = read_meta(checkpoints)
+    saved = read_meta(run_dir)
     for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
         if saved[name] != meta[name]:
             raise BadInput(
@@ -208,6 +209,17 @@ def open_run(
     for change in _list_changes(saved, meta):
         log.info("changed since the checkpoint: %s", change)
     return run_dir
+
+
+def _make_run_dir(output_dir: Path) -> Path:
+    while True:  # two runs that start in the same second take two names
+        run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)
+        else:
+            return run_dir
 
 
 def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:

@@ -133,6 +133,9 @@ def _list_ratios(
     source: str,
 ) -> list[float]:
     if ar_buckets:
+        for ar in ar_buckets:
+            if min(_list_numbers(ar, "ar_buckets", source)) <= 0:
+                raise BadInput(f"{source}: ar_buckets: {ar} is not above 0")
         ratios = [ar[0] / ar[1] if isinstance(ar, Sequence) else ar for ar in ar_buckets]
     elif min_ar and max_ar and num_ar_buckets and min_ar <= max_ar:
         ratios = np.geomspace(min_ar, max_ar, num_ar_buckets)
@@ -146,13 +149,18 @@ def _list_ratios(
 def _list_sides(resolutions: Sequence[Side | Sequence[Side]], source: str) -> list[float]:
     sides = set()
     for given in resolutions:
-        if isinstance(given, Sequence) and len(given) != 2:
-            raise BadInput(f"{source}: resolutions: expected a side or [width, height]")
-        side = math.sqrt(given[0] * given[1]) if isinstance(given, Sequence) else given
-        if side < SIZE_MULTIPLE:
+        if min(_list_numbers(given, "resolutions", source)) < SIZE_MULTIPLE:
             raise BadInput(f"{source}: resolutions: {given} is below {SIZE_MULTIPLE} pixels")
+        side = math.sqrt(given[0] * given[1]) if isinstance(given, Sequence) else given
         sides.add(round(float(side), 3))
     return sorted(sides)
+
+
+def _list_numbers(given: Side | Sequence[Side], key: str, source: str) -> Sequence[Side]:
+    numbers = given if isinstance(given, Sequence) else [given]
+    if numbers is given and len(given) != 2:
+        raise BadInput(f"{source}: {key}: expected a number or [width, height], got {given}")
+    return numbers
 
 
 def _fit_area(side: float, ratio: float) -> tuple[int, int]:

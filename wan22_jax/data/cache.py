@@ -31,7 +31,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from wan22_jax.batch import CachedClip
-from wan22_jax.errors import BadInput
+from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.geometry import Bucket
 
 CACHE_FOLDER = Path("cache", "wan2.2_5b")  # below the clips' folder, as in diffusion-pipe
@@ -299,6 +299,6 @@ def _write_shard(shard: Path, records: Iterable[Path]) -> None:
         partial.rename(shard)
     except RuntimeError as error:
         partial.unlink(missing_ok=True)
-        if "No space left" in str(error):
+        if is_full_disk(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(shard)) from error
         raise

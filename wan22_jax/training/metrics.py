@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from wan22_jax.errors import BadInput
@@ -34,7 +36,8 @@ class Progress:
     """The progress line and the TensorBoard writer of one run; a context."""
 
     def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, logging_steps: int):
-        self._writer = SummaryWriter(str(run_dir))
+        # Not SummaryWriter: its thread dies on a full disk, and the run would then wait for it.
+        self._writer = EventsWriter(str(run_dir / "events"))
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._logging_steps = logging_steps
         self._pending: StepReport | None = None
@@ -105,8 +108,12 @@ class Progress:
         self._bar.update(1)
         if report.step % self._logging_steps == 0:
             for name, value in ({"lr": report.lr} | values | speed).items():
-                self._writer.add_scalar(f"train/{name}", value, report.step)
+                self._add_scalar(f"train/{name}", value, report.step)
         if report.ends_epoch:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
-            self._writer.add_scalar("train/epoch_loss", mean, report.epoch)
+            self._add_scalar("train/epoch_loss", mean, report.epoch)
             self._epoch_losses = []
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
+        event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+        self._writer.write_event(event)
