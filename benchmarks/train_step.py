@@ -86,7 +86,8 @@ def make_model() -> WanTransformer:
         key = jax.random.fold_in(jax.random.key(1), number)
         draw = jax.random.normal(key, shape, stored_dtype(name, jnp.bfloat16))
         is_norm = "norm" in name and name.endswith("weight")
-        arrays[name] = 1 + 0 * draw if is_norm else draw * (0.5 / np.sqrt(shape[-1]))
+        arrays[name] = 1 + 0 * draw if is_norm else draw * float(0.5 / np.sqrt(shape[-1]))
+        assert arrays[name].dtype == draw.dtype, name  # a float32 model would take another path
     set_parameters(model, arrays)
     model.add_lora(jax.random.key(2), rank=32, alpha=32.0)
     return model
