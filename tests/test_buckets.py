@@ -113,6 +113,20 @@ def test_size_buckets_keep_their_own_ratio(sizes, info, expected):
         ({"resolutions": [8], **AR}, "resolutions: 8 is below 32"),
         ({}, "resolutions is missing"),
         ({"resolutions": [512], "enable_ar_bucket": True}, "enable_ar_bucket needs min_ar"),
+        ({"resolutions": [[96, -96]]}, r"resolutions: \[96, -96\] is below 32"),
+        ({"resolutions": [[96]]}, "resolutions: expected a number or"),
+        (
+            {"resolutions": [96], "enable_ar_bucket": True, "ar_buckets": [0]},
+            "ar_buckets: 0 is not",
+        ),
+        (
+            {"resolutions": [96], "enable_ar_bucket": True, "ar_buckets": [[1, 0]]},
+            "ar_buckets: .* not",
+        ),
+        (
+            {"resolutions": [96], "enable_ar_bucket": True, "ar_buckets": [[1]]},
+            "ar_buckets: expected",
+        ),
     ],
 )
 def test_shapes_that_the_model_cannot_take(keys, message):

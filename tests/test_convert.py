@@ -334,6 +334,27 @@ def test_configs_of_other_models_are_refused(fields, copied, tmp_path):
         convert_folder(copied, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dim": "48"},
+        {"dim": None},
+        {"num_heads": 0},
+        {"num_heads": 5},
+        {"num_layers": -1},
+        {"text_len": 512.0},
+        {"eps": "1e-6"},
+        {"patch_size": 2},
+        {"patch_size": [1, 4, 4]},
+    ],
+)
+def test_impossible_configs_are_refused(fields, copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(BadInput, match=r"config\.json: .*; download Wan2\.2-TI2V-5B again"):
+        convert_folder(copied, tmp_path / "out")
+
+
 def test_folders_of_other_models_are_refused(copied, tmp_path):
     (copied / "high_noise_model").mkdir()
     with pytest.raises(BadInput, match=r"high_noise_model: this is Wan2\.1 or Wan2\.2 14B"):

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logger = logging.getLogger("wan22_jax")
     logger.setLevel(logging.INFO)
-    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
     logger.propagate = False  # a library may have set up the root logger in its own format
     for name in ("absl", "asyncio"):  # Orbax logs, page by page, what it raises anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -176,7 +176,7 @@ def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[s
     rank = config.adapter.rank
     return {
         "rank": rank,
-        "alpha": rank if config.adapter.alpha is None else config.adapter.alpha,
+        "alpha": float(rank if config.adapter.alpha is None else config.adapter.alpha),
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,

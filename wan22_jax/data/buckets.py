@@ -157,10 +157,11 @@ def _list_sides(resolutions: Sequence[Side | Sequence[Side]], source: str) -> li
 
 
 def _list_numbers(given: Side | Sequence[Side], key: str, source: str) -> Sequence[Side]:
-    numbers = given if isinstance(given, Sequence) else [given]
-    if numbers is given and len(given) != 2:
+    if not isinstance(given, Sequence):
+        return [given]
+    if len(given) != 2:
         raise BadInput(f"{source}: {key}: expected a number or [width, height], got {given}")
-    return numbers
+    return given
 
 
 def _fit_area(side: float, ratio: float) -> tuple[int, int]:
