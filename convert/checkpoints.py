@@ -123,7 +123,7 @@ def _read_transformer_config(path: Path) -> TransformerConfig:
     if "attention_head_dim" in config:
         config["dim"] = config["attention_head_dim"] * config.get("num_attention_heads", 0)
     fields: dict[str, Any] = {
-        ours: tuple(config[theirs]) if ours == "patch_size" else config[theirs]
+        ours: config[theirs]
         for ours, names in _TRANSFORMER_FIELDS.items()
         for theirs in names
         if theirs in config

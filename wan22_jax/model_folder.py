@@ -14,7 +14,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,9 @@ def read_model_card(folder: Path) -> ModelCard:
         if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"not '{FORMAT}' version {VERSION}")
         card = ModelCard(
-            transformer=_make_config(TransformerConfig, fields.pop("transformer")),
-            vae=_make_config(VAEConfig, fields.pop("vae")),
-            text_encoder=_make_config(UMT5Config, fields.pop("text_encoder")),
+            transformer=TransformerConfig(**fields.pop("transformer")),
+            vae=VAEConfig(**fields.pop("vae")),
+            text_encoder=UMT5Config(**fields.pop("text_encoder")),
             **fields,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -114,11 +113,6 @@ def load_text_encoder(folder: Path, *, dtype: DTypeLike | None = None) -> UMT5:
 def tokenizer_folder(folder: Path) -> Path:
     """Returns where the tokenizer's files are."""
     return folder / "tokenizer"
-
-
-def _make_config(kind: type, fields: Mapping[str, Any]) -> Any:
-    # JSON has no tuples, and configs must be hashable.
-    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
 
 
 def _restore(path: Path, module: nnx.Module, dtype: DTypeLike | None) -> None:

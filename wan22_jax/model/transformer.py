@@ -6,7 +6,7 @@ attention run in the dtype of the weights; the residual stream has the weights' 
 as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -22,7 +22,10 @@ from wan22_jax.model.rope import apply_rope, rope_angles
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the transformer; the defaults are the ones that all TI2V models share."""
+    """Sizes of the transformer; the defaults are the ones that all TI2V models share.
+
+    Any sequence is kept as a tuple, so that a config can key a compiled program.
+    """
 
     dim: int
     ffn_dim: int
@@ -33,8 +36,11 @@ class TransformerConfig:
     text_dim: int = 4096
     text_len: int = 512
     freq_dim: int = 256
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: Sequence[int] = (1, 2, 2)
     eps: float = 1e-6
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(int(size) for size in self.patch_size))
 
 
 TI2V_5B = TransformerConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
@@ -61,13 +67,13 @@ class WanTransformer(nnx.Module):
 
     def __call__(
         self,
-        latents_BTYXC: Float[Array, "B T Y X C"],
-        sigma_BT: Float[Array, "B T"],
-        text_BSE: Float[Array, "B S E"],
+        latents_BTYXC: Float[Array | np.ndarray, "B T Y X C"],
+        sigma_BT: Float[Array | np.ndarray, "B T"],
+        text_BSE: Float[Array | np.ndarray, "B S E"],
         *,
         float32_residual: bool = False,
         remat: bool = False,
-    ) -> Float[Array, "B T Y X C"]:
+    ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
         Args:
@@ -85,9 +91,9 @@ class WanTransformer(nnx.Module):
         if num_text > config.text_len:
             raise ValueError(f"text has {num_text} tokens, at most {config.text_len} are allowed")
         dtype = self.patch_embedding.weight.dtype
-        x_BLD, grid_TYX = self.patch_embedding(latents_BTYXC.astype(dtype))
-        text_BSD = self._embed_text(text_BSE.astype(dtype))
-        time_BTD, time_BTMD = self._embed_time(sigma_BT)
+        x_BLD, grid_TYX = self.patch_embedding(jnp.asarray(latents_BTYXC, dtype))
+        text_BSD = self._embed_text(jnp.asarray(text_BSE, dtype))
+        time_BTD, time_BTMD = self._embed_time(jnp.asarray(sigma_BT, jnp.float32))
         rope = rope_angles(grid_TYX, config.dim // config.num_heads)
 
         graphdef, layers = nnx.split(self.blocks)
@@ -123,8 +129,7 @@ class WanTransformer(nnx.Module):
         return self.text_embedding["2"](hidden_BSD)
 
     def _embed_time(self, sigma_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        timestep_BT = 1000 * sigma_BT.astype(jnp.float32)
-        wave_BTF = sinusoid(timestep_BT, self.config.freq_dim)
+        wave_BTF = sinusoid(1000 * sigma_BT, self.config.freq_dim)
         time_BTD = self.time_embedding["2"](jax.nn.silu(self.time_embedding["0"](wave_BTF)))
         time_BT6D = self.time_projection["1"](jax.nn.silu(time_BTD))
         return time_BTD, time_BT6D.reshape(*sigma_BT.shape, 6, self.config.dim)

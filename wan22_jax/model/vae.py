@@ -10,12 +10,13 @@ are channels last; arithmetic is in the dtype of the parameters, norm statistics
 and returned video in float32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -35,15 +36,19 @@ PIXEL_PATCH = 2  # pixels per row and column folded into channels before the enc
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE; tuples, so that a config can key a compiled program."""
+    """Sizes of the VAE; any sequence is kept as a tuple, so that a config can key a program."""
 
     encoder_dim: int
     decoder_dim: int
     z_dim: int
-    dim_mult: tuple[int, ...]
+    dim_mult: Sequence[int]
     num_res_blocks: int  # per encoder stage; a decoder stage has one more
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
+    latents_mean: Sequence[float | int]
+    latents_std: Sequence[float | int]
+
+    def __post_init__(self):
+        for name, kind in (("dim_mult", int), ("latents_mean", float), ("latents_std", float)):
+            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
 
 
 # fmt: off
@@ -79,7 +84,9 @@ class WanVAE(nnx.Module):
         self.conv2 = Conv(config.z_dim, config.z_dim, (1, 1, 1), rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, video_BTYX3: Float[Array, "B T Y X 3"]) -> Float[Array, "B t y x C"]:
+    def encode(
+        self, video_BTYX3: Float[Array | np.ndarray, "B T Y X 3"]
+    ) -> Float[Array, "B t y x C"]:
         """Returns the normalised mean, float32; memory grows with the clip.
 
         Args:
@@ -89,17 +96,19 @@ class WanVAE(nnx.Module):
             ValueError: the frames or sides do not divide so.
         """
         _check_video(video_BTYX3.shape, is_first=True)
-        return self._encode(video_BTYX3, History())
+        return self._encode(jnp.asarray(video_BTYX3), History())
 
-    def decode(self, latents_BTYXC: Float[Array, "B T Y X C"]) -> Float[Array, "B t y x 3"]:
+    def decode(
+        self, latents_BTYXC: Float[Array | np.ndarray, "B T Y X C"]
+    ) -> Float[Array, "B t y x 3"]:
         """Returns the video, float32, not clamped to [-1, 1]; memory grows with the clip.
 
         Args:
             latents_BTYXC: normalised latents; T frames of them become 4T - 3 of video.
         """
-        return self._decode(latents_BTYXC, History())
+        return self._decode(jnp.asarray(latents_BTYXC), History())
 
-    def encode_chunks(self, chunks: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    def encode_chunks(self, chunks: Iterable[jax.Array | np.ndarray]) -> Iterator[jax.Array]:
         """Yields the latents of each chunk; memory does not grow with the number of chunks.
 
         Equal to ``encode`` of the chunks put together. Compiles one program for the first chunk
@@ -116,10 +125,12 @@ class WanVAE(nnx.Module):
         past = None
         for video_BTYX3 in chunks:
             _check_video(video_BTYX3.shape, is_first=past is None)
-            latents_BTYXC, past = _encode_chunk(graphdef, state, past, video_BTYX3)
+            latents_BTYXC, past = _encode_chunk(graphdef, state, past, jnp.asarray(video_BTYX3))
             yield latents_BTYXC
 
-    def decode_chunks(self, latents_BTYXC: Float[Array, "B T Y X C"]) -> Iterator[jax.Array]:
+    def decode_chunks(
+        self, latents_BTYXC: Float[Array | np.ndarray, "B T Y X C"]
+    ) -> Iterator[jax.Array]:
         """Yields the video of one latent frame after the other: 1 frame, then 4 each.
 
         Equal to ``decode``; memory does not grow with the clip. Compiles one program for the first
@@ -128,7 +139,7 @@ class WanVAE(nnx.Module):
         graphdef, state = nnx.split(self)
         past = None
         for i in range(latents_BTYXC.shape[1]):
-            frame_B1YXC = latents_BTYXC[:, i : i + 1]
+            frame_B1YXC = jnp.asarray(latents_BTYXC[:, i : i + 1])
             video_BTYX3, past = _decode_chunk(graphdef, state, past, frame_B1YXC)
             yield video_BTYX3
 
