@@ -182,7 +182,7 @@ def test_the_whole_path_on_real_files(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "Everything works" in captured.out
     (run_dir,) = (out / "runs").iterdir()
     assert {"60", "84"} <= {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert "steps 61 to 84" in captured.out  # resumed, not started again
+    assert "60 steps done, of 84" in captured.out  # resumed, not started again
     digest = read_model_card(out / "model").digests["transformer"]
     adapter = load_adapter(out / "lora.safetensors", base_digest=digest)
     assert (adapter.rank, adapter.alpha, adapter.metadata["step"]) == (8, 16.0, "84")
