@@ -243,7 +243,9 @@ def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
     picture = np.random.default_rng(5).integers(0, 256, (70, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "first.png")
     run(*model.flags, "--image", str(tmp_path / "first.png"), "--width", "70", "--height", "30",
-        "--frames", "5", "--solver", "dpm++")  # fmt: skip
+        "--frames", "5", "--solver", "dpm++", "--shift", "3", "--guidance", "2")  # fmt: skip
+    asked = model.sampled[0]
+    assert [asked[k] for k in ("solver", "shift", "guidance", "steps")] == ["dpm++", 3.0, 2.0, 2]
     width_px, height_px = best_output_size(40, 70, area_px=70 * 30)
     assert (width_px, height_px) == (32, 64)
     assert read_frames(tmp_path / "new" / "out.mp4").shape == (5, height_px, width_px, 3)

@@ -3,15 +3,18 @@
 import dataclasses
 import re
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
 from wan22_jax import train
 from wan22_jax.checkpoint import FOLDER, read_trainable
+from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
     ClipEntry,
@@ -22,6 +25,7 @@ from wan22_jax.data.cache import (
 )
 from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
+from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
 
 BUCKET = Bucket(32, 32, 5)
@@ -187,3 +191,125 @@ class Clock:
 
     def strftime(self, _: str) -> str:
         return "now"
+
+
+class Reached(Exception):
+    """The run has got as far as the test wants it to."""
+
+
+@pytest.mark.usefixtures("here")
+def test_each_setting_reaches_what_uses_it(monkeypatch):
+    calls = {}
+
+    def record(name: str, *, stop: bool = False):
+        function = getattr(train, name)
+
+        def recorded(*args, **options):
+            calls[name] = options | dict(enumerate(args))
+            if stop:
+                raise Reached
+            return function(*args, **options)
+
+        monkeypatch.setattr(train, name, recorded)
+
+    for name in ("make_loader", "load_transformer", "split_model", "make_optimizer"):
+        record(name)
+    record("compile_train_step", stop=True)
+    settings = ["seed=7", "i2v_fraction=0.75", "activation_checkpointing=true", "warmup_steps=9"]
+    settings += ["gradient_accumulation_steps=3", "gradient_clipping=0.5", "adapter.alpha=6"]
+    settings += ["optimizer.lr=3e-3", "optimizer.betas=[0.5, 0.6]", "optimizer.weight_decay=0.25"]
+    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32"]
+    with pytest.raises(Reached):
+        train.train(Path("lora.toml"), settings)
+    loader = calls["make_loader"]
+    assert (loader["seed"], loader["micro_batch"], loader["accumulation"]) == (7, 1, 3)
+    assert calls["load_transformer"]["dtype"] == "float32"
+    scales = {linear.lora_scale for _, linear in calls["split_model"][0].lora_targets()}
+    assert scales == {6 / 2}
+    optimizer = calls["make_optimizer"]
+    assert (optimizer[0], optimizer["warmup_steps"], optimizer["max_grad_norm"]) == (3e-3, 9, 0.5)
+    assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
+    assert optimizer["weight_decay"] == 0.25
+    step = calls["compile_train_step"]
+    assert (step["i2v_fraction"], step["remat"]) == (0.75, True)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_seed_changes_what_is_trained():
+    trained = {}
+    for name in ("seed=0", "seed=1"):
+        assert run("max_steps=1", f"output_dir={name}", name) == 0
+        trained[name], _ = read_trainable(only_run(name))
+    name = "blocks.self_attn.q.lora_A"
+    assert np.any(trained["seed=0"][name] != trained["seed=1"][name])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model.shift": 3}, {"shift": 3.0}),
+        ({"model.flux_shift": "true"}, {"shift": flux_shift(1024)}),
+        ({"model.shift": 3, "model.flux_shift": "true"}, {"shift": 3.0}),
+        ({"model.timestep_sample_method": "uniform"}, {"method": "uniform"}),
+        ({"model.sigmoid_scale": 1.5}, {"sigmoid_scale": 1.5}),
+        ({"model.min_t": 0.5, "model.max_t": 0.8}, {"min_t": 0.5, "max_t": 0.8}),
+    ],
+)
+def test_the_config_chooses_the_noise_levels(settings, expected):
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = load_config(Path("lora.toml"), overrides)
+    grid = np.asarray(train.make_grid(config, Bucket(1024, 1024, 5)))
+    np.testing.assert_array_equal(grid, sigma_grid(**expected))
+    assert not np.array_equal(grid, sigma_grid())
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("key", "moments"),
+    [
+        ("save_every_n_steps", [False, True, False, True]),
+        ("checkpoint_every_n_steps", [False, True, False, True]),
+        ("save_every_n_epochs", [False, False, False, True]),
+        ("checkpoint_every_n_epochs", [False, False, False, True]),
+        ("checkpoint_every_n_minutes", [False, False, True, False]),
+    ],
+)
+def test_checkpoints_are_due_when_the_config_says(key, moments):
+    text = Path("lora.toml").read_text().replace("checkpoint_every_n_steps = 2", f"{key} = 2")
+    Path("other.toml").write_text(text)
+    config = load_config(Path("other.toml"))
+    steps = [(3, 2, False, 1.9), (4, 2, False, 0.1), (7, 2, False, 2.1), (8, 4, True, 0.1)]
+    assert [train.is_due(config, *step) for step in steps] == moments
+    assert not train.is_due(config, 3, 1, True, 0.0)  # not the end of every second epoch
+
+
+@pytest.mark.usefixtures("here")
+def test_tensorboard_gets_its_scalars():
+    assert run("max_steps=5", "warmup_steps=4") == 0
+    scalars = read_scalars(only_run())
+    assert scalars["train/lr"] == pytest.approx(
+        {1: 2.5e-3, 2: 4.4e-3, 3: 6.3e-3, 4: 8.1e-3, 5: 1e-2}, rel=0.02
+    )
+    losses = scalars["train/loss"]
+    assert sorted(losses) == [1, 2, 3, 4, 5]
+    assert scalars["train/epoch_loss"] == {
+        1: pytest.approx((losses[1] + losses[2] + losses[3]) / 3)
+    }
+    assert all(value > 0 for value in scalars["train/grad_norm"].values())
+    seconds, speed = scalars["train/step_time_s"], scalars["train/tokens_per_s"]
+    assert seconds
+    assert speed == pytest.approx({k: BUCKET.num_tokens / s for k, s in seconds.items()}, rel=1e-3)
+
+
+def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """Reads an event file: records of length, checksum, content and checksum."""
+    (path,) = run_dir.glob("events.out.tfevents.*")
+    data, scalars = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+        data = data[16 + length :]
+    return scalars
