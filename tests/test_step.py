@@ -294,3 +294,18 @@ def test_clipping_limits_the_update_norm():
     large, _ = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(small["a"], -0.1 / 1e3, rtol=1e-3)
     np.testing.assert_allclose(large["a"], -0.5 / 1e3, rtol=1e-3)
+
+
+def test_optimizer_warms_up_decays_and_averages():
+    optimizer = make_optimizer(
+        0.1, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.5, eps=1e-8, max_grad_norm=0.0
+    )
+    params, ones = {"a": jnp.full(4, 2.0)}, {"a": jnp.ones(4)}
+    state = optimizer.init(params)
+    for rate in (0.025, 0.04375, 0.0625, 0.08125, 0.1, 0.1):  # 2 weight_decay + 1 of Adam
+        updates, state = optimizer.update(ones, state, params)
+        np.testing.assert_allclose(updates["a"], -2 * rate, rtol=1e-4)
+    state = optimizer.init(params)
+    for gradient in (1.0, -1.0):
+        updates, state = optimizer.update({"a": jnp.full(4, gradient)}, state, params)
+    np.testing.assert_allclose(updates["a"], -0.04375 * (1 - 0.1 / 1.9), rtol=1e-4)
