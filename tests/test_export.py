@@ -97,7 +97,7 @@ def run_dir(trained: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -
     run_dir = tmp_path_factory.mktemp("run")
     _, trainable, _ = split_model(trained)
     meta = {"rank": RANK, "alpha": ALPHA, "base_digest": DIGEST, "seed": 0}
-    meta["config"] = {"adapter": {"dtype": "bfloat16", "rank": RANK}}
+    meta["config"] = {"adapter": {"dtype": "float16", "rank": RANK}}
     with open_checkpoints(run_dir) as manager:
         for step, factor in ((3, 0.0), (7, 1.0)):
             state = jax.tree.map(lambda x, factor=factor: x * factor, trainable)
@@ -187,7 +187,7 @@ def test_strength_scales_the_adapter_and_attaching_again_replaces_it(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"), [(None, "bfloat16"), ("float16", "float16"), ("float32", "float32")]
+    ("dtype", "stored"), [(None, "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
 )
 def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
     dtype: str | None, stored: str, trained: WanTransformer, run_dir: Path, tmp_path: Path
@@ -203,7 +203,7 @@ def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
     np.testing.assert_array_equal(tensor, wanted)
     metadata = load_adapter(out).metadata
     config = json.loads(metadata.pop("config"))
-    assert config["adapter"]["dtype"] == "bfloat16"
+    assert config["adapter"]["dtype"] == "float16"
     assert metadata == {
         "format": "pt",
         "base_model": "Wan2.2-TI2V-5B",
@@ -386,7 +386,7 @@ def test_command_reports_one_line(run_dir: Path, tmp_path: Path, capsys):
     assert export.main(command) == 2
     assert export.main([*command, "--overwrite", "--step", "5"]) == 2
     captured = capsys.readouterr()
-    assert f"wrote {out}: 90 tensors, bfloat16, rank 4, alpha 6, step 7" in captured.out
+    assert f"wrote {out}: 90 tensors, float16, rank 4, alpha 6, step 7" in captured.out
     exists, no_step = captured.err.splitlines()
     assert "exists already" in exists
     assert "no checkpoint of step 5" in no_step
