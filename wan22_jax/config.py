@@ -148,35 +148,9 @@ class TrainConfig(Table):
         return self.model.transformer_dtype or self.model.dtype
 
 
-class DirectoryConfig(Table):
-    """One ``[[directory]]`` of clips; what it leaves out comes from the top of the file."""
+class ClipKeys(Table):
+    """What may stand at the top of the dataset file, and differently in one ``[[directory]]``."""
 
-    path: str
-    num_repeats: Number = Field(1, gt=0)
-    resolutions: list[Number | list[Number]] | None = None
-    enable_ar_bucket: bool | None = None
-    min_ar: Number | None = Field(None, gt=0)
-    max_ar: Number | None = Field(None, gt=0)
-    num_ar_buckets: int | None = Field(None, ge=1)
-    ar_buckets: list[Number | list[Number]] | None = None
-    frame_buckets: list[int] | None = None
-    size_buckets: list[list[int]] | None = None
-    mask_path: Any = None
-    default_mask_file: Any = None
-    control_path: Any = None
-    caption_prefix: Any = None
-    shuffle_tags: Any = None
-    cache_shuffle_num: Any = None
-    cache_shuffle_delimiter: Any = None
-    skip_empty_caption: Any = None
-    shuffle_metadata: Any = None
-    online_captions: Any = None
-
-
-class DatasetConfig(Table):
-    """The dataset file."""
-
-    directory: list[DirectoryConfig] = Field(min_length=1)
     num_repeats: Number = Field(1, gt=0)
     resolutions: list[Number | list[Number]] | None = None
     enable_ar_bucket: bool = False
@@ -193,6 +167,21 @@ class DatasetConfig(Table):
     skip_empty_caption: Any = None
     shuffle_metadata: Any = None
     online_captions: Any = None
+
+
+class DirectoryConfig(ClipKeys):
+    """One ``[[directory]]`` of clips; a key that it does not set comes from the top of the file."""
+
+    path: str
+    mask_path: Any = None
+    default_mask_file: Any = None
+    control_path: Any = None
+
+
+class DatasetConfig(ClipKeys):
+    """The dataset file."""
+
+    directory: list[DirectoryConfig] = Field(min_length=1)
     subsample_ratio: Any = None
 
 

@@ -131,10 +131,10 @@ def sample_latents(
 class StepWeights(NamedTuple):
     """One solver step as two weighted sums over what is remembered; clean_i is step i's x0."""
 
-    correct: (
-        jax.Array
-    )  # float32 [5], of: sample, corrected_{i-1}, clean_{i-2}, clean_{i-1}, clean_i
-    predict: jax.Array  # float32 [3], of: corrected_i, clean_{i-1}, clean_i
+    # float32 [5], of: sample, corrected_{i-1}, clean_{i-2}, clean_{i-1}, clean_i
+    correct: jax.Array
+    # float32 [3], of: corrected_i, clean_{i-1}, clean_i
+    predict: jax.Array
 
 
 def solver_weights(solver: Solver, sigmas: np.ndarray, step: int) -> StepWeights:
