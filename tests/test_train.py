@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -27,6 +28,7 @@ from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
+from wan22_jax.training import metrics
 
 BUCKET = Bucket(32, 32, 5)
 CLIPS = 3  # a step each
@@ -300,6 +302,25 @@ def test_tensorboard_gets_its_scalars():
     seconds, speed = scalars["train/step_time_s"], scalars["train/tokens_per_s"]
     assert seconds
     assert speed == pytest.approx({k: BUCKET.num_tokens / s for k, s in seconds.items()}, rel=1e-3)
+
+
+def test_curves_are_on_disk_while_the_run_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "FLUSH_S", 0)
+    values = {"loss": jnp.float32(2), "grad_norm": jnp.float32(1)}
+    with metrics.Progress(tmp_path, first_step=0, total_steps=2, logging_steps=1) as progress:
+        progress.push(metrics.StepReport(1, 1, False, 9, 1e-4, values, ("a",)), new_program=True)
+        assert read_scalars(tmp_path)["train/loss"] == {1: 2}
+
+
+@pytest.mark.usefixtures("here")
+def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
+    assert run("max_steps=1") == 0
+    calls = []
+    for name in ("claim_gpu", "read_meta"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
+    assert run("--resume_from_checkpoint", "max_steps=1") == 0
+    assert calls == ["claim_gpu", "read_meta"]
 
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:

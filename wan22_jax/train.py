@@ -74,6 +74,7 @@ def train(
     Raises:
         BadInput: config, model, cache and checkpoint do not fit together, or memory runs out.
     """
+    claim_gpu()  # before Orbax reads a checkpoint's meta, which may start JAX's backend
     config = load_config(config_file, overrides)
     resume = config.resume_from_checkpoint if resume is None else resume
     card = read_model_card(Path(config.model.ckpt_path))
@@ -82,7 +83,6 @@ def train(
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
 
-    claim_gpu()
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
     model = load_transformer(Path(config.model.ckpt_path), dtype=config.transformer_dtype)

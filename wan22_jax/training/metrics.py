@@ -18,6 +18,7 @@ from tqdm import tqdm
 from wan22_jax.errors import BadInput
 
 SMOOTHING = 0.98  # of the loss in the progress line
+FLUSH_S = 10  # curves on disk are at most this old, and so is what a killed run loses of them
 
 
 class StepReport(NamedTuple):
@@ -38,6 +39,7 @@ class Progress:
     def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, logging_steps: int):
         # Not SummaryWriter: its thread dies on a full disk, and the run would then wait for it.
         self._writer = EventsWriter(str(run_dir / "events"))
+        self._flushed_at = time.monotonic()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._logging_steps = logging_steps
         self._pending: StepReport | None = None
@@ -113,6 +115,9 @@ class Progress:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
             self._add_scalar("train/epoch_loss", mean, report.epoch)
             self._epoch_losses = []
+        if time.monotonic() - self._flushed_at >= FLUSH_S:
+            self._writer.flush()
+            self._flushed_at = time.monotonic()
 
     def _add_scalar(self, name: str, value: float, step: int) -> None:
         event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
