@@ -1,96 +1,178 @@
 """How long does a LoRA train step take at real size, and how much memory?
 
-Random weights of the 5B shapes, batch 1, rank 32 on all ten linears of each block, AdamW; steps as
-wan22-train runs them, but for reading clips. Prints one line of JSON.
+One configuration a process: random weights of the 5B shapes, rank 32 on all ten linears of each
+block, AdamW and clipping; steps as wan22-train runs them, but for reading clips. Prints one line of
+JSON after the word RESULT. Needs the package installed or the repository's root on PYTHONPATH.
 
-    python benchmarks/train_step.py --bucket 1280x704x121
+    python benchmarks/train_step.py --bucket 1280x704x121 --dtype float8 \
+        --activation_checkpointing unsloth --blocks_to_swap 30 --memory_gb 10
+    python benchmarks/train_step.py --bucket 512x512x33 --trace profile   # and where the time goes
+    python benchmarks/train_step.py --tiny --bucket 64x64x5               # does it run, on a CPU
 """
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import time
+from pathlib import Path
 
-from wan22_jax.sharding import claim_gpu, make_mesh, replicated
-
-claim_gpu()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from wan22_jax.batch import Batch  # noqa: E402
-from wan22_jax.geometry import Bucket  # noqa: E402
-from wan22_jax.model.flow import sigma_grid  # noqa: E402
-from wan22_jax.model.transformer import TI2V_5B, WanTransformer  # noqa: E402
-from wan22_jax.training.optimizer import make_optimizer  # noqa: E402
-from wan22_jax.training.step import (  # noqa: E402
-    compile_train_step,
-    init_state,
-    split_model,
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from kernel_table import format_kernels, read_kernels
+from random_model import (
+    TINY,
+    add_lora,
+    build_step,
+    count_flops,
+    limit_memory,
+    make_model,
+    place,
+    read_policy,
 )
-from wan22_jax.weights import set_parameters, stacked_shapes, stored_dtype  # noqa: E402
+
+from wan22_jax.batch import Batch
+from wan22_jax.geometry import Bucket, check_bucket
+from wan22_jax.model.flow import sigma_grid
+from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
+from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.training.optimizer import make_optimizer
+from wan22_jax.training.step import TrainState, init_state, split_model
+
+NUM_TRACED = 2  # steps in a profile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=1)
-    args = parser.parse_args()
-    bucket = Bucket(*map(int, args.bucket.split("x")))
+    args = parse_arguments()
+    limit_memory(args.memory_gb)
+    claim_gpu()
+    if args.dump:
+        dump = f"--xla_dump_to={args.dump} --xla_dump_hlo_as_text"
+        module = "--xla_dump_hlo_module_re=.*train_step.*"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump} {module}".strip()
+    jax.config.update("jax_compilation_cache_dir", args.cache)  # None: the first step is cold
 
-    sharding = replicated(make_mesh())
-    graphdef, trainable, frozen = split_model(make_model())
-    optimizer = make_optimizer(
-        1e-4, warmup_steps=0, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
-    )
-    state, frozen, grid, key = jax.device_put(
-        (init_state(trainable, optimizer), frozen, sigma_grid(), jax.random.key(0)), sharding
+    bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
+    config = TINY if args.tiny else TI2V_5B
+    mesh = make_mesh()
+    sharding = replicated(mesh)
+    model = make_model(config, dtype=args.dtype, on_host=args.blocks_to_swap > 0)
+    add_lora(model, seed=2)
+    graphdef, trainable, frozen = split_model(model)
+    del model
+    frozen = place(frozen, blocks_to_swap=args.blocks_to_swap, mesh=mesh)
+    optimizer = make_adamw()
+    state, grid, key = jax.device_put(
+        (init_state(trainable, optimizer), sigma_grid(), jax.random.key(0)), sharding
     )
     del trainable
-    step = compile_train_step(graphdef, optimizer, i2v_fraction=0.2, remat=True, sharding=sharding)
-    rng = np.random.default_rng(0)
-    lead = (1, args.batch)
-    batch = Batch(
-        rng.standard_normal((*lead, *bucket.latent_TYX, 48), np.float32).astype(jnp.bfloat16),
-        rng.standard_normal((*lead, 512, 4096), np.float32).astype(jnp.bfloat16),
+    batch = jax.device_put(make_batch(config, bucket, args.batch), sharding)
+
+    start = time.perf_counter()
+    step = build_step(
+        graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
     )
-    batch = jax.device_put(batch, sharding)
-    seconds = []
-    for _ in range(args.steps):
+    step = step.lower(state, frozen, batch, key, grid).compile()
+    compile_s = time.perf_counter() - start
+
+    def time_step(state: TrainState) -> tuple[TrainState, float, float]:
         start = time.perf_counter()
         state, metrics = step(state, frozen, batch, key, grid)
-        loss = float(metrics["loss"])
-        seconds.append(time.perf_counter() - start)
-    stats = jax.local_devices()[0].memory_stats() or {}
+        loss = float(metrics["loss"])  # waits for the step
+        return state, loss, time.perf_counter() - start
+
+    state, loss, first_s = time_step(state)
+    seconds = []
+    for _ in range(args.steps):
+        state, loss, step_s = time_step(state)
+        seconds.append(step_s)
+    if args.trace:
+        with jax.profiler.trace(str(args.trace)):
+            for _ in range(NUM_TRACED):
+                state, _ = step(state, frozen, batch, key, grid)
+            jax.block_until_ready(state)
+        print(format_kernels(read_kernels(args.trace), num_steps=NUM_TRACED), flush=True)
+
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    step_s = statistics.median(seconds)
+    flops = count_flops(config, bucket.num_tokens) * args.batch
     result = {
-        "ours": args.bucket,
+        "program": "wan22_jax",
+        "bucket": args.bucket,
         "tokens": bucket.num_tokens * args.batch,
-        "step_s": round(statistics.median(seconds[1:]), 4),
-        "first_s": round(seconds[0], 1),
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "activation_checkpointing": args.activation_checkpointing,
+        "blocks_to_swap": args.blocks_to_swap,
+        "step_s": round(step_s, 4),
+        "step_s_all": [round(value, 4) for value in seconds],
+        "first_s": round(compile_s + first_s, 1),
+        "cache": bool(args.cache),
         "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
-        "loss": round(loss, 4),
-        "device": jax.local_devices()[0].device_kind,
-        "jax": jax.__version__,
+        "limit_gb": round(stats.get("bytes_limit", 0) / 1e9, 2),
+        "host_gb": round(pinned_bytes(step) / 1e9, 2),
+        "model_tflops": round(flops / step_s / 1e12, 1),
+        "loss": round(loss, 5),
+        "device": device.device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        },
     }
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def make_model() -> WanTransformer:
-    """Draws bfloat16 weights on the device, each entry by itself."""
-    model = nnx.eval_shape(lambda: WanTransformer(TI2V_5B, rngs=nnx.Rngs(0)))
-    arrays = {}
-    for number, (name, shape) in enumerate(stacked_shapes(model).items()):
-        key = jax.random.fold_in(jax.random.key(1), number)
-        draw = jax.random.normal(key, shape, stored_dtype(name, jnp.bfloat16))
-        is_norm = "norm" in name and name.endswith("weight")
-        arrays[name] = 1 + 0 * draw if is_norm else draw * float(0.5 / np.sqrt(shape[-1]))
-        assert arrays[name].dtype == draw.dtype, name  # a float32 model would take another path
-    set_parameters(model, arrays)
-    model.add_lora(jax.random.key(2), rank=32, alpha=32.0)
-    return model
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
+    parser.add_argument("--dtype", choices=("bfloat16", "float8"), default="bfloat16")
+    parser.add_argument(
+        "--activation_checkpointing",
+        type=read_policy,
+        default=True,
+        metavar="POLICY",
+        help="false, true, unsloth or a named policy, as in the training config",
+    )
+    parser.add_argument("--blocks_to_swap", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
+    parser.add_argument("--steps", type=int, default=5, help="timed, after a first one")
+    parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
+    parser.add_argument("--cache", help="persistent compilation cache; left out, none is used")
+    parser.add_argument("--trace", type=Path, help="write a profile of two steps here")
+    parser.add_argument("--dump", type=Path, help="write the step's HLO here, before and after XLA")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the program")
+    return parser.parse_args()
+
+
+def pinned_bytes(step: jax.stages.Compiled) -> int:
+    """Host memory that the program reads weights from or offloads activations to."""
+    analysis = step.memory_analysis()
+    assert analysis is not None
+    return analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes
+
+
+def make_adamw() -> optax.GradientTransformation:
+    """The optimizer of the published figures."""
+    return make_optimizer(
+        1e-4, warmup_steps=0, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
+    )
+
+
+def make_batch(config: TransformerConfig, bucket: Bucket, batch_size: int) -> Batch:
+    """White noise in place of latents and text: it takes the same time."""
+    rng = np.random.default_rng(0)
+    lead = (1, batch_size)
+    latents = rng.standard_normal((*lead, *bucket.latent_TYX, config.in_channels), np.float32)
+    text = rng.standard_normal((*lead, config.text_len, config.text_dim), np.float32)
+    return Batch(latents.astype(jnp.bfloat16), text.astype(jnp.bfloat16))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""What do the benchmarks run? The 5B transformer with random weights, and the step around it.
+
+Weights are drawn on the device, one layer of one parameter at a time, so that making a model never
+needs more memory than holding it. A float8 model is the bfloat16 model of the same seed, quantised.
+"""
+
+import math
+import os
+import subprocess
+import zlib
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.sharding import replicated
+from wan22_jax.training.step import compile_train_step, loss_fn
+from wan22_jax.weights import is_stacked, set_parameters, stored_dtype
+
+RANK = 32
+I2V_FRACTION = 0.2
+# Gates and scales of this order let every branch move the residual stream, as in a trained model;
+# those of a fresh model (0.02) would hide errors that build up over the layers.
+MODULATION_STD = 0.2
+# For --tiny, which checks on a CPU that a program runs; its figures mean nothing.
+TINY = TransformerConfig(
+    dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, text_len=16, freq_dim=16
+)
+
+
+def make_model(
+    config: TransformerConfig,
+    *,
+    dtype: str,
+    seed: int = 0,
+    sharpness: float = 1.0,
+    on_host: bool = False,
+) -> WanTransformer:
+    """Draws the frozen weights of a model; it has no adapter yet.
+
+    Args:
+        config: sizes of the model.
+        dtype: "bfloat16" or "float8".
+        seed: of every weight; a weight's draw depends on the seed and its name alone.
+        sharpness: mean of the norm weights of q and k. Attention logits have a standard
+            deviation of about its square.
+        on_host: leave the blocks' weights in host memory, as numpy arrays.
+    """
+
+    def build() -> WanTransformer:
+        model = WanTransformer(config, rngs=nnx.Rngs(0))
+        if dtype == "float8":
+            model.to_float8()  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+    model = nnx.eval_shape(build)
+    leaves = {
+        ".".join(map(str, path)): leaf
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    arrays: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        if name.endswith(".weight_scale"):
+            continue  # comes with its weight
+        shape = tuple(leaf.shape)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        mean, std = _mean_and_std(name, shape, sharpness)
+        scale_name = f"{name}_scale"
+        drawn = _draw(
+            key,
+            mean,
+            std,
+            shape=shape,
+            stacked=is_stacked(name),
+            dtype=stored_dtype(name, jnp.bfloat16),
+            quantise=scale_name in leaves,
+        )
+        if on_host and is_stacked(name):
+            drawn = tuple(map(np.asarray, drawn))
+        arrays[name] = drawn[0]
+        if scale_name in leaves:
+            arrays[scale_name] = drawn[1]
+    set_parameters(model, arrays)
+    return model
+
+
+def add_lora(model: WanTransformer, *, seed: int, std_b: float = 0.0) -> None:
+    """Attaches adapters of rank and alpha 32.
+
+    Args:
+        model: gets an adapter on the ten linears of each block.
+        seed: of the adapter.
+        std_b: standard deviation of the B matrices; at 0, how training starts, the A matrices
+            have no gradient. At 0.03 an adapter adds a tenth to its linear's output.
+    """
+    a_key, b_key = jax.random.split(jax.random.key(seed))
+    model.add_lora(a_key, rank=RANK, alpha=float(RANK))
+    for number, (_, linear) in enumerate(model.lora_targets()):
+        assert linear.lora_B is not None
+        key = jax.random.fold_in(b_key, number)
+        linear.lora_B[...] = std_b * jax.random.normal(key, linear.lora_B.shape)
+
+
+def place(frozen: nnx.State, *, blocks_to_swap: int, mesh: Mesh) -> nnx.State:
+    """Moves the frozen weights to where the step reads them."""
+    if blocks_to_swap:
+        raise SystemExit("blocks_to_swap: the train step does not stream weights yet")
+    return jax.device_put(frozen, replicated(mesh))
+
+
+def build_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    activation_checkpointing: bool | str,
+    mesh: Mesh,
+) -> jax.stages.Wrapped:
+    """Jits the train step that wan22-train runs."""
+    step = compile_train_step(
+        graphdef,
+        optimizer,
+        i2v_fraction=I2V_FRACTION,
+        remat=_remat(activation_checkpointing),
+        sharding=replicated(mesh),
+    )
+    return cast(jax.stages.Wrapped, step)
+
+
+def build_grad(
+    graphdef: nnx.GraphDef, *, activation_checkpointing: bool | str
+) -> jax.stages.Wrapped:
+    """Jits (trainable, frozen, latents, text, draws) -> (loss, gradient), without an optimizer."""
+    remat = _remat(activation_checkpointing)
+    return jax.jit(jax.value_and_grad(partial(loss_fn, graphdef=graphdef, remat=remat)))
+
+
+def read_policy(text: str) -> bool | str:
+    """Reads --activation_checkpointing: false, true or the name of a policy."""
+    return {"false": False, "true": True}.get(text, text)
+
+
+def _remat(activation_checkpointing: bool | str) -> bool:
+    if isinstance(activation_checkpointing, str):
+        raise SystemExit(f"activation_checkpointing {activation_checkpointing!r}: not there yet")
+    return activation_checkpointing
+
+
+def count_flops(config: TransformerConfig, num_tokens: int) -> float:
+    """Operations of one clip's train step that the result needs; recompute is not counted.
+
+    Linears of the blocks forward and to their input (their weights are frozen; text k and v and
+    the adapters are left out), attention forward and 2.5 times that backward.
+    """
+    D, F, S = config.dim, config.ffn_dim, config.text_len
+    linears = 2 * num_tokens * (6 * D * D + 2 * D * F)
+    attention = 4 * num_tokens * (num_tokens + S) * D
+    return (2 * linears + 3.5 * attention) * config.num_layers
+
+
+def limit_memory(memory_gb: float | None) -> None:
+    """Limits JAX's allocator; before its first array, and before ``claim_gpu`` sets a default."""
+    if memory_gb is None:
+        return
+    query = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    total_gb = int(listing.splitlines()[0]) * 2**20 / 1e9
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{memory_gb / total_gb:.5f}"
+
+
+def _mean_and_std(name: str, shape: tuple[int, ...], sharpness: float) -> tuple[float, float]:
+    if name.endswith("modulation"):
+        return 0.0, MODULATION_STD
+    if name.endswith("bias"):
+        return 0.0, 0.02
+    if "norm" in name:
+        return (sharpness if "norm_" in name else 1.0), 0.05
+    fan_in = math.prod(shape[1:] if name == "patch_embedding.weight" else shape[-1:])
+    return 0.0, 1 / math.sqrt(fan_in)  # keeps the size of what goes in
+
+
+@partial(jax.jit, static_argnames=("shape", "stacked", "dtype", "quantise"))
+def _draw(
+    key: jax.Array,
+    mean: float,
+    std: float,
+    *,
+    shape: tuple[int, ...],
+    stacked: bool,
+    dtype: jnp.dtype,
+    quantise: bool,
+) -> tuple[jax.Array, ...]:
+    """Returns (weight,) or (weight in e4m3, its scales); one layer at a time is in float32."""
+    num_layers, *layer_shape = shape if stacked else (1, *shape)
+
+    def draw_layer(key: jax.Array) -> tuple[jax.Array, ...]:
+        layer = mean + std * jax.random.normal(key, layer_shape, jnp.float32)
+        if not quantise:
+            return (layer.astype(dtype),)
+        from wan22_jax.model.fp8 import quantize_weight
+
+        return quantize_weight(layer.astype(dtype))
+
+    weight, *scales = jax.lax.map(draw_layer, jax.random.split(key, num_layers))
+    return weight.reshape(shape), *scales
