@@ -75,7 +75,11 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
         fresh = jax.tree.map(jnp.copy, trainable)
         return jax.device_put(init_state(fresh, optimizer), sharding)
 
-    return make_state, place_frozen(frozen, blocks_to_swap=0, sharding=sharding), step
+    return (
+        make_state,
+        place_frozen(frozen, activation_checkpointing=False, blocks_to_swap=0, sharding=sharding),
+        step,
+    )
 
 
 def make_run(**options):
@@ -182,7 +186,7 @@ def test_image_to_video_gives_the_first_frame_and_leaves_it_out_of_the_loss():
     loss = partial(
         loss_fn,
         fill_lora_b(trainable),
-        Frozen(frozen, None),
+        Frozen(frozen),
         text_BSE=text_BSE,
         graphdef=graphdef,
         activation_checkpointing=False,
@@ -224,7 +228,7 @@ def test_loss_is_the_plain_mean_of_the_trained_frames():
     expected = (np.mean(error[0] ** 2) + np.mean(error[1, 1:] ** 2)) / 2
     got = loss_fn(
         trainable,
-        Frozen(frozen, None),
+        Frozen(frozen),
         latents_BTYXC,
         text_BSE,
         draws,
@@ -240,7 +244,7 @@ def test_recomputing_blocks_changes_no_bit():
     trainable = fill_lora_b(trainable)
     latents_BTYXC, text_BSE = (jnp.asarray(x[0][:1, :1]) for x in make_batch(0))
     draws = jax.tree.map(lambda x: x[:1, :1], draw_batch(1, 3, 0.0))
-    args = (trainable, Frozen(frozen, None), latents_BTYXC, text_BSE, draws)
+    args = (trainable, Frozen(frozen), latents_BTYXC, text_BSE, draws)
     eager, compiled = {}, {}
     for remat in (False, True):
         loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=remat)

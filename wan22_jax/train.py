@@ -98,7 +98,12 @@ def train(
         max_grad_norm=config.gradient_clipping,
     )
     state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
-    frozen = place_frozen(frozen, blocks_to_swap=config.blocks_to_swap, sharding=sharding)
+    frozen = place_frozen(
+        frozen,
+        activation_checkpointing=config.activation_checkpointing,
+        blocks_to_swap=config.blocks_to_swap,
+        sharding=sharding,
+    )
     del model, trainable  # the state owns these arrays now, and the step donates them
     train_step = compile_train_step(
         graphdef,

@@ -5,6 +5,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 log = logging.getLogger(__name__)
@@ -14,18 +15,21 @@ def attend(
     q_BLHK: Float[Array, "B L H K"],
     k_BSHK: Float[Array, "B S H K"],
     v_BSHK: Float[Array, "B S H K"],
+    *,
+    name: str = "attention",
 ) -> Float[Array, "B L H K"]:
     """Attends without a mask; the softmax is in float32, the result in q's dtype.
 
     cuDNN's fused kernel on NVIDIA GPUs for 16-bit inputs; elsewhere XLA, in float32, which holds
-    the L x S matrix.
+    the L x S matrix. ``name`` is the result's for a remat policy; cuDNN's is chosen by what
+    primitive it comes from, with the softmax statistics that its backward pass wants.
     """
     if attention_backend(jax.default_backend(), q_BLHK.dtype.name, q_BLHK.shape[-1]) == "cudnn":
         return jax.nn.dot_product_attention(q_BLHK, k_BSHK, v_BSHK, implementation="cudnn")
     q_BLHK32, k_BSHK32, v_BSHK32 = (x.astype(jnp.float32) for x in (q_BLHK, k_BSHK, v_BSHK))
     with jax.default_matmul_precision("highest"):
         out_BLHK = jax.nn.dot_product_attention(q_BLHK32, k_BSHK32, v_BSHK32, implementation="xla")
-    return out_BLHK.astype(q_BLHK.dtype)
+    return checkpoint_name(out_BLHK.astype(q_BLHK.dtype), name)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -161,32 +162,12 @@ def _norm_rope_backward(eps: float, args: tuple, grad_ND: jax.Array) -> tuple:
 _norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
 
 
-def gelu(x_NF: jax.Array, *, quantize: bool) -> Activation:
-    """The tanh approximation of GELU, in x's dtype and, if asked for, in float8 too."""
-    fused = _has_kernels(x_NF.dtype, x_NF.shape[1])
-    return Activation(*(_gelu if fused else gelu_twin)(quantize, x_NF))
-
-
 def gelu_twin(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
-    """Plain JAX of ``gelu``."""
-    y_NF = jax.nn.gelu(x_NF.astype(jnp.float32), approximate=True).astype(x_NF.dtype)
+    """The tanh approximation of GELU, in x's dtype and, if asked for, in float8 too."""
+    x32_NF = x_NF.astype(jnp.float32)
+    inner_NF = np.sqrt(2 / np.pi) * (x32_NF + 0.044715 * x32_NF * x32_NF * x32_NF)
+    y_NF = (x32_NF * jax.nn.sigmoid(2 * inner_NF)).astype(x_NF.dtype)  # (1 + tanh) / 2, exactly
     return (y_NF, *(quantize_rows_twin([y_NF], None, dtype=FORWARD) if quantize else ()))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gelu(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
-    return kernels.gelu_quantize(x_NF, quantize=quantize)
-
-
-def _gelu_forward(quantize: bool, x_NF: jax.Array) -> tuple:
-    return _gelu(quantize, x_NF), x_NF
-
-
-def _gelu_backward(quantize: bool, x_NF: jax.Array, grads: tuple) -> tuple:  # noqa: ARG001
-    return jax.vjp(partial(gelu_twin, False), x_NF)[1](grads[:1])  # one element-wise pass as it is
-
-
-_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def quantize(x_ND: jax.Array) -> Activation:
@@ -196,28 +177,29 @@ def quantize(x_ND: jax.Array) -> Activation:
 
 
 def quantize_rows_twin(
-    parts: Sequence[jax.Array], column_scale: jax.Array | None, *, dtype: DTypeLike
+    parts: Sequence[jax.Array], scale_G: jax.Array | None, *, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Joins the parts along columns, times a scale a column, and gives each row its scale."""
+    """Joins the parts along columns, each times its scale, and gives each row a scale."""
     x_ND = jax.lax.stop_gradient(jnp.concatenate(parts, axis=1).astype(jnp.float32))
-    x_ND = x_ND if column_scale is None else x_ND * column_scale[None]
+    if scale_G is not None:
+        x_ND = x_ND * jnp.repeat(scale_G, parts[0].shape[1])[None]
     scale_N = power_of_two_scale(jnp.max(jnp.abs(x_ND), axis=1), dtype)
     return (x_ND / scale_N[:, None]).astype(dtype), scale_N
 
 
 def _quantize_rows(
-    parts: Sequence[jax.Array], column_scale: jax.Array | None, *, dtype: DTypeLike
+    parts: Sequence[jax.Array], scale_G: jax.Array | None, *, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     fused = all(_has_kernels(part.dtype, part.shape[1]) for part in parts)
     function: Callable = kernels.quantize_rows if fused else quantize_rows_twin
-    return function(parts, column_scale, dtype=dtype)
+    return function(parts, scale_G, dtype=dtype)
 
 
 class LinearWeights(NamedTuple):
     """One linear, or several of one input and the same width, joined along the output."""
 
     weight_OI: jax.Array  # float8_e4m3fn with a scale, or a wider type without
-    scale_O: jax.Array | None
+    scale_G: jax.Array | None  # one a group
     bias_O: jax.Array | None
     lora_A: jax.Array | None  # [groups * R, I], the adapters one below the other
     lora_B: jax.Array | None  # [O, R]
@@ -249,18 +231,17 @@ def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) 
     low = None
     if w.lora_A is None and x.scale is None:  # nothing that the matmul cannot add itself
         raw_NO = raw_NO if w.bias_O is None else raw_NO + w.bias_O.astype(raw_NO.dtype)[None]
-        return tuple(raw_NO[:, columns] for columns, _, _ in _groups(groups, w, low)), (x, w, low)
+        return tuple(raw_NO[:, columns] for columns, *_ in _groups(groups, w, low)), (x, w, low)
     if w.lora_A is not None:
-        low = lora_scale * matmul(x.rows, w.lora_A.T, jnp.float32)
-        low = checkpoint_name(low.astype(x.rows.dtype), "low_rank")
+        low = checkpoint_name(matmul(x.rows, (lora_scale * w.lora_A).T), "low_rank")
     outs = tuple(
         _scale_add_low_rank(
-            *(raw_NO, x.scale, w.scale_O, w.bias_O, None if low is None else low_g, high_g),
+            *(raw_NO, x.scale, scale, w.bias_O, low_g, high_g),
             num_rows=x.rows.shape[0],
             columns=columns,
             transposed=True,
         )
-        for columns, low_g, high_g in _groups(groups, w, low)
+        for columns, scale, low_g, high_g in _groups(groups, w, low)
     )
     return outs, (x, w, low)
 
@@ -268,9 +249,8 @@ def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) 
 def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> tuple:
     groups, lora_scale = static
     x, w, low = saved
-    dtype = x.rows.dtype
     if is_float8(w.weight_OI.dtype):
-        grad8, grad_scale = _quantize_rows(grads, w.scale_O, dtype=BACKWARD)
+        grad8, grad_scale = _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
         raw_NI = float8_matmul(grad8, w.weight_OI.T)
         dweight = jnp.zeros_like(w.weight_OI)
     else:
@@ -281,12 +261,10 @@ def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> t
     dlow = da = db = None
     if w.lora_A is not None:
         parts = list(zip(grads, _groups(groups, w, low), strict=True))
-        dlow = jnp.concatenate(
-            [matmul(grad, high_g, jnp.float32) for grad, (_, _, high_g) in parts], axis=1
-        )
-        dlow = (lora_scale * dlow).astype(dtype)
+        dlow = [matmul(grad, lora_scale * high_g) for grad, (*_, high_g) in parts]
+        dlow = jnp.concatenate(dlow, axis=1)
         da = matmul(dlow.T, x.rows, jnp.float32).astype(w.lora_A.dtype)
-        db = [matmul(grad.T, low_g, jnp.float32) for grad, (_, low_g, _) in parts]
+        db = [matmul(grad.T, low_g, jnp.float32) for grad, (*_, low_g, _) in parts]
         db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
     dx = _scale_add_low_rank(
         *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
@@ -298,29 +276,65 @@ def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> t
     if w.bias_O is not None:
         dbias = jnp.concatenate([g.astype(jnp.float32).sum(axis=0) for g in grads])
         dbias = dbias.astype(w.bias_O.dtype)
-    zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in (x.float8, x.scale))
-    dscale = None if w.scale_O is None else jnp.zeros_like(w.scale_O)
+    zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in x[1:])
+    dscale = None if w.scale_G is None else jnp.zeros_like(w.scale_G)
     return Activation(dx, *zeros), LinearWeights(dweight, dscale, dbias, da, db)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
+def gelu_linear(
+    x_NF: jax.Array, weights: LinearWeights, *, lora_scale: float = 0.0
+) -> tuple[jax.Array, ...]:
+    """``linear`` on gelu(x); the backward pass needs x alone and takes the GELU again from it."""
+    return _gelu_linear(lora_scale, x_NF, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gelu_linear(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple[jax.Array, ...]:
+    return _gelu_linear_forward(lora_scale, x_NF, w)[0]
+
+
+def _gelu_linear_forward(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple:
+    quantizes = is_float8(w.weight_OI.dtype)
+    if _has_kernels(x_NF.dtype, x_NF.shape[1]):
+        rows = kernels.gelu_quantize(x_NF, quantize=quantizes)
+    else:
+        rows = gelu_twin(quantizes, x_NF)
+    outs, (_, _, low) = _linear_forward((1, lora_scale), Activation(*rows), w)
+    return outs, (x_NF, w, low)
+
+
+def _gelu_linear_backward(lora_scale: float, saved: tuple, grads: tuple) -> tuple:
+    x_NF, w, low = saved
+    (rows_NF,), pull = jax.vjp(partial(gelu_twin, False), x_NF)
+    dx, dw = _linear_backward((1, lora_scale), (Activation(rows_NF), w, low), grads)
+    return *pull((dx.rows,)), dw
+
+
+_gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
+
+
 def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]:
-    """Columns of the output, low-rank activations and B of each group."""
+    """Columns of the output, scale of the weight, low-rank activations and B of each group."""
     width = w.weight_OI.shape[0] // groups
-    spans = [slice(g * width, (g + 1) * width) for g in range(groups)]
-    if low is None or w.lora_B is None:
-        return [(span, None, None) for span in spans]
-    rank = w.lora_B.shape[1]
-    lows = [low[:, g * rank : (g + 1) * rank] for g in range(groups)]
-    return [(span, part, w.lora_B[span]) for span, part in zip(spans, lows, strict=True)]
+    found = []
+    for group in range(groups):
+        columns = slice(group * width, (group + 1) * width)
+        scale = None if w.scale_G is None else w.scale_G[group : group + 1]
+        low_g = high_g = None
+        if low is not None and w.lora_B is not None:
+            rank = w.lora_B.shape[1]
+            low_g, high_g = low[:, group * rank : (group + 1) * rank], w.lora_B[columns]
+        found.append((columns, scale, low_g, high_g))
+    return found
 
 
 def _scale_add_low_rank(
     raw: jax.Array,
     row_scale: jax.Array | None,
-    column_scale: jax.Array | None,
+    scale_1: jax.Array | None,
     bias: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
@@ -331,17 +345,18 @@ def _scale_add_low_rank(
 ) -> jax.Array:
     if not _has_kernels(raw.dtype, columns.stop - columns.start):
         return scale_add_low_rank_twin(
-            *(raw, row_scale, column_scale, bias, low, high),
+            *(raw, row_scale, scale_1, bias, low, high),
             num_rows=num_rows,
             columns=columns,
             transposed=transposed,
         )
     if low is not None and high is not None:
         pad = -low.shape[1] % 16
-        high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
-        low, high = jnp.pad(low, ((0, 0), (0, pad))), high.astype(raw.dtype)
+        if pad:
+            high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
+            low = jnp.pad(low, ((0, 0), (0, pad)))
     return kernels.scale_add_low_rank(
-        *(raw, row_scale, column_scale, bias, low, high),
+        *(raw, row_scale, scale_1, bias, low, high),
         num_rows=num_rows,
         columns=columns,
         transposed=transposed,
@@ -351,7 +366,7 @@ def _scale_add_low_rank(
 def scale_add_low_rank_twin(
     raw: jax.Array,
     row_scale: jax.Array | None,
-    column_scale: jax.Array | None,
+    scale_1: jax.Array | None,
     bias: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
@@ -360,12 +375,12 @@ def scale_add_low_rank_twin(
     columns: slice,
     transposed: bool,
 ) -> jax.Array:
-    """raw * row_scale * column_scale + bias + low high(^T) for some rows and columns of raw."""
+    """raw * row_scale * scale + bias + low high(^T) for some rows and columns of raw."""
     out = raw[:num_rows, columns].astype(jnp.float32)
     if row_scale is not None:
         out = out * row_scale[:num_rows, None]
-    if column_scale is not None:
-        out = out * column_scale[None, columns]
+    if scale_1 is not None:
+        out = out * scale_1[None]
     if bias is not None:
         out = out + bias[None, columns].astype(jnp.float32)
     if low is not None and high is not None:

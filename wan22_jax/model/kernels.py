@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
 
 ROWS = 16  # float8 matmuls want a multiple of so many rows: float8 outputs are padded to it
-_TILE_ROWS, _TILE_COLUMNS = 64, 256
+_TILE_ROWS, _TILE_COLUMNS, _TILE_WARPS = 32, 128, 4  # measured, benchmarks/RESULTS.md
 
 
 def fits(width: int) -> bool:
@@ -72,7 +72,7 @@ def residual_norm(
     tables = ([gate_MD] if has_gate else []) + [weight_MD, shift_MD]
     outs = [(x_ND.dtype, D)] if has_branch else []
     outs += [(dtype, D)] + ([(FORWARD, D), (jnp.float32, 0)] if quantize else [])
-    return _call_by_row(kernel, N, per_row, tables, outs, interpret=interpret)
+    return _call_by_row(kernel, N, per_row, tables, outs, name="residual_norm", interpret=interpret)
 
 
 def residual_norm_backward(
@@ -116,7 +116,9 @@ def residual_norm_backward(
     per_row = [x_ND, dy_ND] + ([dx_ND] if has_dx else [])
     tables = ([gate_MD] if has_gate else []) + [weight_MD]
     outs = [(x_ND.dtype, D)] + ([(dtype, D)] if has_branch else [])
-    return _call_by_row(kernel, N, per_row, tables, outs, interpret=interpret)
+    return _call_by_row(
+        kernel, N, per_row, tables, outs, name="residual_norm_backward", interpret=interpret
+    )
 
 
 def norm_rope(
@@ -147,9 +149,11 @@ def norm_rope(
                 y = y * _load(cos_ref, channel) + normalised(swapped) * _load(sin_ref, channel)
             _store(out_ref, at, y)
 
-    per_row, tables = [x_ND], [weight_D[None].astype(jnp.float32)]
+    per_row, tables = [x_ND], [weight_D[None]]
     outs = [(x_ND.dtype, D)]
-    return _call_by_row(kernel, N, per_row, tables, outs, cycled=rope or (), interpret=interpret)[0]
+    return _call_by_row(
+        kernel, N, per_row, tables, outs, cycled=rope or (), name="norm_rope", interpret=interpret
+    )[0]
 
 
 def norm_rope_backward(
@@ -182,14 +186,23 @@ def norm_rope_backward(
         for at, x, grad in zip(spans, parts, grads, strict=True):
             _store(out_ref, at, rstd * (grad - x * mean_product))
 
-    per_row, tables = [x_ND, dy_ND], [weight_D[None].astype(jnp.float32)]
+    per_row, tables = [x_ND, dy_ND], [weight_D[None]]
     outs = [(x_ND.dtype, D)]
-    return _call_by_row(kernel, N, per_row, tables, outs, cycled=rope or (), interpret=interpret)[0]
+    return _call_by_row(
+        kernel,
+        N,
+        per_row,
+        tables,
+        outs,
+        cycled=rope or (),
+        name="norm_rope_backward",
+        interpret=interpret,
+    )[0]
 
 
 def quantize_rows(
     parts: Sequence[jax.Array],
-    column_scale: jax.Array | None,
+    scale_G: jax.Array | None,
     *,
     dtype: DTypeLike,
     interpret: bool = False,
@@ -202,19 +215,21 @@ def quantize_rows(
     def kernel(*refs: Any) -> None:
         refs = list(refs)
         x_refs = [refs.pop(0) for _ in widths]
-        scale_ref = refs.pop(0) if column_scale is not None else None
+        scale_ref = refs.pop(0) if scale_G is not None else None
         values, spans, start = [], [], 0
-        for x_ref, width in zip(x_refs, widths, strict=True):
+        for group, (x_ref, width) in enumerate(zip(x_refs, widths, strict=True)):
             for at in _spans(width):
                 spans.append(pl.ds(start + at.start, at.size))
                 x = _load(x_ref, at)
-                values.append(x if scale_ref is None else x * _load(scale_ref, spans[-1]))
+                values.append(x if scale_ref is None else x * scale_ref[pl.ds(group, 1)])
             start += width
         _quantize_parts(values, spans, *refs, dtype=dtype)
 
-    tables = [column_scale[None]] if column_scale is not None else []
+    tables = [scale_G[None]] if scale_G is not None else []
     outs = [(dtype, total), (jnp.float32, 0)]
-    out, scale = _call_by_row(kernel, N, parts, tables, outs, interpret=interpret)
+    out, scale = _call_by_row(
+        kernel, N, parts, tables, outs, name="quantize_rows", interpret=interpret
+    )
     return out, scale
 
 
@@ -235,13 +250,13 @@ def gelu_quantize(
             _quantize_parts(parts, _spans(F), *quantized)
 
     outs = [(x_NF.dtype, F)] + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
-    return _call_by_row(kernel, N, [x_NF], [], outs, interpret=interpret)
+    return _call_by_row(kernel, N, [x_NF], [], outs, name="gelu_quantize", interpret=interpret)
 
 
 def scale_add_low_rank(
     raw_NC: jax.Array,
     row_scale_N: jax.Array | None,
-    column_scale_C: jax.Array | None,
+    scale_1: jax.Array | None,
     bias_C: jax.Array | None,
     low_NR: jax.Array | None,
     high: jax.Array | None,
@@ -256,15 +271,19 @@ def scale_add_low_rank(
     tile = min(_TILE_COLUMNS, _vector(width))
     first = columns.start // tile
     specs, arrays = [pl.BlockSpec((_TILE_ROWS, tile), lambda i, j: (i, j + first))], [raw_NC]
-    for vector, per_row in ((row_scale_N, True), (column_scale_C, False), (bias_C, False)):
-        if vector is not None:
-            size = _TILE_ROWS if per_row else tile
-            axis = 0 if per_row else 1
-            specs.append(pl.BlockSpec((size,), functools.partial(_along, axis, first)))
-            arrays.append(vector)
-    rank = 0
+    if row_scale_N is not None:
+        specs.append(pl.BlockSpec((_TILE_ROWS,), lambda i, j: (i,)))  # noqa: ARG005
+        arrays.append(row_scale_N)
+    if scale_1 is not None:
+        specs.append(pl.BlockSpec((1,), lambda i, j: (0,)))  # noqa: ARG005
+        arrays.append(scale_1)
+    if bias_C is not None:
+        specs.append(pl.BlockSpec((tile,), lambda i, j: (j + first,)))  # noqa: ARG005
+        arrays.append(bias_C)
+    rank = depth = 0
     if low_NR is not None and high is not None:
         rank = low_NR.shape[1]
+        depth = min(rank & -rank, 64)
         specs.append(pl.BlockSpec((_TILE_ROWS, rank), lambda i, j: (i, 0)))  # noqa: ARG005
         shape = (tile, rank) if transposed else (rank, tile)
         specs.append(
@@ -278,22 +297,26 @@ def scale_add_low_rank(
         inside = rows < num_rows
         mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, tile))
         out = plgpu.load(raw_ref.at[:, :], mask=mask, other=0).astype(jnp.float32)
+        row_scale = None
         if row_scale_N is not None:
-            out = out * plgpu.load(refs.pop(0).at[:], mask=inside, other=0)[:, None]
-        if column_scale_C is not None:
-            out = out * refs.pop(0)[:][None, :]
-        if bias_C is not None:
-            out = out + refs.pop(0)[:][None, :].astype(jnp.float32)
+            row_scale = plgpu.load(refs.pop(0).at[:], mask=inside, other=1)[:, None]
+        if scale_1 is not None:
+            out = out * refs.pop(0)[...][None, :]
+        bias = refs.pop(0)[:][None, :].astype(jnp.float32) if bias_C is not None else None
         if rank:
             low_ref, high_ref = refs.pop(0), refs.pop(0)
-            for start in range(0, rank, 16):
-                at = pl.ds(start, 16)
-                low_mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, 16))
+            product = None
+            for start in range(0, rank, depth):
+                at = pl.ds(start, depth)
+                low_mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, depth))
                 low = plgpu.load(low_ref.at[:, at], mask=low_mask, other=0)
-                if transposed:
-                    out = out + plgpu.dot(low, high_ref[:, at], trans_b=True)
-                else:
-                    out = out + plgpu.dot(low, high_ref[at, :])
+                high = (high_ref[:, at] if transposed else high_ref[at, :]).astype(low.dtype)
+                part = plgpu.dot(low, high, trans_b=transposed)
+                product = part if product is None else product + part
+            # Scaled twice, exactly, lest Triton starts the sum from raw, in the matmul's layout.
+            out = out + (product if row_scale is None else product * (1 / row_scale))
+        out = out if row_scale is None else out * row_scale
+        out = out if bias is None else out + bias
         plgpu.store(refs[0].at[:, :], out.astype(refs[0].dtype), mask=mask)
 
     return pl.pallas_call(
@@ -302,14 +325,10 @@ def scale_add_low_rank(
         grid=(pl.cdiv(num_rows, _TILE_ROWS), width // tile),
         in_specs=specs,
         out_specs=pl.BlockSpec((_TILE_ROWS, tile), lambda i, j: (i, j)),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_TILE_WARPS, num_stages=1),
         interpret=interpret,
         name="scale_add_low_rank",
     )(*arrays)
-
-
-def _along(axis: int, first: int, i: Any, j: Any) -> tuple[Any]:
-    return (i,) if axis == 0 else (j + first,)
 
 
 def _call_by_row(
@@ -320,6 +339,7 @@ def _call_by_row(
     outs: Sequence[tuple[DTypeLike, int]],
     *,
     cycled: Sequence[jax.Array] = (),
+    name: str,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Runs one program a row.
@@ -334,13 +354,13 @@ def _call_by_row(
     def row_of(i: Any) -> Any:
         return jnp.minimum(i, num_rows - 1) if programs > num_rows else i
 
-    specs = [pl.BlockSpec((1, array.shape[1]), lambda i: (row_of(i), 0)) for array in per_row]
+    specs = [pl.BlockSpec((None, array.shape[1]), lambda i: (row_of(i), 0)) for array in per_row]
     for array in tables:
         repeats = num_rows // array.shape[0]
-        specs.append(pl.BlockSpec((1, array.shape[1]), lambda i, n=repeats: (row_of(i) // n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=repeats: (row_of(i) // n, 0)))
     for array in cycled:
         length = array.shape[0]
-        specs.append(pl.BlockSpec((1, array.shape[1]), lambda i, n=length: (row_of(i) % n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=length: (row_of(i) % n, 0)))
     shapes, out_specs = [], []
     for dtype, width in outs:
         if width == 0:
@@ -348,10 +368,10 @@ def _call_by_row(
             out_specs.append(pl.BlockSpec((1,), lambda i: (i,)))
         elif dtype in (FORWARD, BACKWARD):
             shapes.append(jax.ShapeDtypeStruct((programs, width), dtype))
-            out_specs.append(pl.BlockSpec((1, width), lambda i: (i, 0)))
+            out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
         else:
             shapes.append(jax.ShapeDtypeStruct((num_rows, width), dtype))
-            out_specs.append(pl.BlockSpec((1, width), lambda i: (row_of(i), 0)))
+            out_specs.append(pl.BlockSpec((None, width), lambda i: (row_of(i), 0)))
     num_warps = 8 if max(width for _, width in outs) > 4096 else 4
     results = pl.pallas_call(
         kernel,
@@ -361,6 +381,7 @@ def _call_by_row(
         out_specs=out_specs,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
+        name=name,
     )(*per_row, *tables, *cycled)
     return tuple(results)
 
@@ -375,12 +396,12 @@ def _spans(width: int) -> list[Any]:
 
 
 def _load(ref: Any, at: Any) -> jax.Array:
-    return plgpu.load(ref.at[0, at]).astype(jnp.float32)
+    return plgpu.load(ref.at[at]).astype(jnp.float32)
 
 
 def _store(ref: Any, at: Any, value: jax.Array) -> jax.Array:
     value = value.astype(ref.dtype)
-    plgpu.store(ref.at[0, at], value)
+    plgpu.store(ref.at[at], value)
     return value
 
 
@@ -398,6 +419,6 @@ def _quantize_parts(
 ) -> None:
     amax = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in parts))
     scale = power_of_two_scale(amax, dtype)
-    plgpu.store(scale_ref.at[0], scale)
+    scale_ref[...] = jnp.full((1,), scale)
     for x, at in zip(parts, spans, strict=True):
         _store(out_ref, at, x * (1 / scale))

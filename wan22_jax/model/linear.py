@@ -16,6 +16,7 @@ from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.fused import (
     Activation,
     LinearWeights,
+    gelu_linear,
     layer_norm,
     linear,
     norm_rope_twin,
@@ -64,32 +65,34 @@ class Linear(nnx.Module):
 
 def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
     """Runs one linear, or several of one width on the same rows as one matmul."""
-
-    def join(arrays: list[jax.Array | None]) -> jax.Array | None:
-        present = [array for array in arrays if array is not None]
-        if len(present) <= 1:
-            return present[0] if present else None
-        return jnp.concatenate(present, axis=0)
-
-    def read(param: nnx.Param | None) -> jax.Array | None:
-        return None if param is None else param[...]
-
-    scales = [
-        None
-        if (scale := read(each.weight_scale)) is None
-        else jnp.full(each.weight.shape[0], scale)
-        for each in linears
-    ]
-    weights = LinearWeights(
-        weight_OI=jnp.concatenate([each.weight[...] for each in linears])
-        if len(linears) > 1
-        else linears[0].weight[...],
-        scale_O=join(scales),
-        bias_O=join([read(each.bias) for each in linears]),
-        lora_A=join([read(each.lora_A) for each in linears]),
-        lora_B=join([read(each.lora_B) for each in linears]),
-    )
+    weights = join_weights(*linears)
     return linear(x, weights, groups=len(linears), lora_scale=linears[0].lora_scale)
+
+
+def project_gelu(x: jax.Array, layer: Linear) -> tuple[jax.Array, ...]:
+    """Runs a linear on gelu(x)."""
+    return gelu_linear(x, join_weights(layer), lora_scale=layer.lora_scale)
+
+
+def join_weights(*linears: Linear) -> LinearWeights:
+    """Takes the arrays out of linears, those of several joined along the output."""
+
+    def join(params: list[nnx.Param | None]) -> jax.Array | None:
+        arrays = [param[...] for param in params if param is not None]
+        if len(arrays) <= 1:
+            return arrays[0] if arrays else None
+        return jnp.concatenate(arrays, axis=0)
+
+    scales = [each.weight_scale[...] for each in linears if each.weight_scale is not None]
+    weight_OI = join([each.weight for each in linears])
+    assert weight_OI is not None
+    return LinearWeights(
+        weight_OI=weight_OI,
+        scale_G=jnp.stack(scales) if scales else None,
+        bias_O=join([each.bias for each in linears]),
+        lora_A=join([each.lora_A for each in linears]),
+        lora_B=join([each.lora_B for each in linears]),
+    )
 
 
 def stack_layers(

@@ -5,7 +5,7 @@ live on the device or in pinned host memory. What waits on the host is fetched o
 so that copies run beside the matmuls of the block before. Values never depend on any of this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ Tree = Any  # of arrays
 # block(x, trainable weights, (frozen weights, more of them or None), context) -> x of the same shape
 Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
-ATTENTION = ("attention",)
-MATMULS = ("attention", "qkv", "o", "cross_q", "cross_o", "ffn_in", "low_rank")
+_ATTENTION = ("attention",)
+_MATMULS = ("low_rank", "qkv", "o", "cross_q", "cross_o", "ffn_in")
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -34,11 +34,11 @@ POLICIES: dict[bool | str, Remat] = {
     False: Remat(),
     True: Remat(keep=()),
     "unsloth": Remat(keep=(), on_host=True),
-    "keep_attention": Remat(keep=ATTENTION),
-    "offload_attention": Remat(keep=ATTENTION, on_host=True),
-    "keep_qkv": Remat(keep=("attention", "qkv", "low_rank")),
-    "keep_matmuls": Remat(keep=MATMULS),
-    "offload_matmuls": Remat(keep=MATMULS, on_host=True),
+    "keep_attention": Remat(keep=_ATTENTION),
+    "offload_attention": Remat(keep=_ATTENTION, on_host=True),
+    "keep_qkv": Remat(keep=(*_ATTENTION, "low_rank", "qkv")),
+    "keep_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS)),
+    "offload_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS), on_host=True),
 }
 
 
@@ -62,7 +62,7 @@ def run_blocks(
     block: Block,
     x: jax.Array,
     trainable: Tree,
-    stacks: tuple[Stack, ...],
+    parts: Sequence[Stack | list[Tree]],
     context: Tree,
     remat: Remat,
 ) -> jax.Array:
@@ -72,31 +72,53 @@ def run_blocks(
         block: one block.
         x: what the blocks pass on.
         trainable: weights of all blocks, with a leading axis.
-        stacks: frozen weights; the stacks' blocks follow each other.
+        parts: frozen weights; the parts' blocks follow each other. A list of single blocks
+            becomes straight code: it compiles longer than the loop over a stack and runs
+            faster, since neither weights nor activations are copied out of and into stacks.
         context: what all blocks read alike. If anything waits on the host (a stack's weights, or
             activations by ``remat``), it and the frozen weights get no gradient.
         remat: what the backward pass keeps.
     """
     start = 0
-    for stack in stacks:
-        if stack.num_blocks == 0:
+    for part in parts:
+        count = len(part) if isinstance(part, list) else part.num_blocks
+        layers = jax.tree.map(lambda leaf: leaf[start : start + count], trainable)  # noqa: B023
+        start += count
+        if count == 0:
             continue
-        part = _rows(trainable, start, stack.num_blocks)
-        start += stack.num_blocks
-        if remat.on_host or stack.on_host is not None:
-            x = _run_from_host(block, remat, x, part, stack, context)
+        if isinstance(part, list):
+            x = _run_unrolled(block, remat, x, layers, part, context)
+        elif remat.on_host or part.on_host is not None:
+            x = _run_from_host(block, remat, x, layers, part, context)
         else:
-            x = _run_on_device(block, remat, x, part, stack, context)
+            x = _run_scanned(block, remat, x, layers, part, context)
     return x
 
 
-def _run_on_device(
+def _run_unrolled(
     block: Block,
     remat: Remat,
     x: jax.Array,
     trainable: Tree,
-    stack: Stack,
+    blocks: list[Tree],
     context: Tree,
+) -> jax.Array:
+    def run(x: jax.Array, layer: Tree, frozen: Tree) -> jax.Array:
+        return block(x, layer, (frozen, None), context)
+
+    if remat.keep is not None:
+        run = jax.checkpoint(run, policy=_keeps(remat.keep))
+    leaves, structure = jax.tree.flatten(trainable)
+    # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
+    split = [jax.lax.split(leaf, (1,) * len(blocks)) for leaf in leaves]
+    for index, frozen in enumerate(blocks):
+        layer = [rows[index].reshape(rows[index].shape[1:]) for rows in split]
+        x = run(x, jax.tree.unflatten(structure, layer), frozen)
+    return x
+
+
+def _run_scanned(
+    block: Block, remat: Remat, x: jax.Array, trainable: Tree, stack: Stack, context: Tree
 ) -> jax.Array:
     def body(x: jax.Array, layer: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
         return block(x, layer[0], (layer[1], None), context), None
@@ -196,15 +218,13 @@ def _keeps(names: tuple[str, ...]) -> Callable[..., Any]:
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
-        if "attention" in names and primitive.name == _FUSED_ATTENTION:
-            return True
+        if primitive.name == _FUSED_ATTENTION:
+            queries, keys, *_ = args
+            to_itself = queries.shape == keys.shape
+            return ("attention" if to_itself else "cross_attention") in names
         return by_name(primitive, *args, **params)
 
     return policy
-
-
-def _rows(tree: Tree, start: int, count: int) -> Tree:
-    return jax.tree.map(lambda leaf: leaf[start : start + count], tree)
 
 
 def _fetch(tree: Tree, index: jax.Array | int) -> Tree:

@@ -6,7 +6,7 @@ attention run in the dtype of the weights; the residual stream has the weights' 
 as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,16 +22,26 @@ from wan22_jax.model.fused import (
     Activation,
     Rope,
     add_gated,
-    gelu,
     layer_norm,
     norm_rope,
     quantize,
     residual_norm,
 )
-from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, project, stack_layers
+from wan22_jax.model.linear import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    along_last,
+    project,
+    project_gelu,
+    stack_layers,
+)
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, run_blocks
 from wan22_jax.model.rope import rope_tables
+
+
+FlatState = Mapping[tuple, jax.Array]  # by path
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
+        unrolled: Sequence[FlatState] = (),
         swapped: nnx.State | None = None,
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
@@ -98,8 +109,9 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            swapped: weights of the last blocks in host memory, see ``sharding.place_frozen``;
-                ``self.blocks`` then lacks them.
+            unrolled: frozen weights of blocks apart, which follow those of ``self.blocks``.
+            swapped: frozen weights of the last blocks, the matrices in host memory. Where these
+                two hold a block, ``self.blocks`` lacks it (``training.step.place_frozen``).
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -118,14 +130,13 @@ class WanTransformer(nnx.Module):
         graphdef, trainable, frozen = nnx.split(self.blocks, LoRAParam, ...)
 
         def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
-            states = [state for state in frozen if state is not None]
-            return nnx.merge(graphdef, lora, *states)(x, *context)
+            return nnx.merge(graphdef, lora, *map(to_state, frozen))(x, *context)
 
         x_BLD = run_blocks(
             run_block,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
             trainable,
-            split_stacks(frozen, swapped),
+            [Stack(frozen, None), [*unrolled], *split_swapped(swapped)],
             (time_BTMD, text, rope),
             POLICIES[activation_checkpointing],
         )
@@ -229,15 +240,13 @@ class Block(nnx.Module):
         )
         x_ND, y = norm(x_BLD.reshape(-1, D), None, None, 1 + scale1, shift1)
         y_ND = self.self_attn.attend_to_itself(y, rope, batch=B)
-        weight3, bias3 = (
-            p[...].astype(jnp.float32)[None] for p in (self.norm3.weight, self.norm3.bias)
-        )
+        weight3, bias3 = self.norm3.weight[...][None], self.norm3.bias[...][None]
         x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
         y_ND = self.cross_attn.attend_to_text(y, text, batch=B)
         x_ND, y = norm(x_ND, y_ND, None, 1 + scale2, shift2)
         (hidden_NF,) = project(y, self.ffn["0"])
         hidden_NF = checkpoint_name(hidden_NF, "ffn_in")
-        (y_ND,) = project(gelu(hidden_NF, quantize=self.ffn["2"].is_float8), self.ffn["2"])
+        (y_ND,) = project_gelu(hidden_NF, self.ffn["2"])
         return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
 
 
@@ -260,7 +269,7 @@ class Attention(nnx.Module):
         q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
         q_ND = norm_rope(q_ND, self.norm_q.weight[...], rope, eps=self.eps)
         k_ND = norm_rope(k_ND, self.norm_k.weight[...], rope, eps=self.eps)
-        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch), "o")
+        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "attention"), "o")
 
     def attend_to_text(self, x: Activation, text: Activation, *, batch: int) -> jax.Array:
         """Cross-attention from the rows of each example to its text."""
@@ -268,14 +277,14 @@ class Attention(nnx.Module):
         k_ND, v_ND = project(text, self.k, self.v)
         q_ND = norm_rope(q_ND, self.norm_q.weight[...], None, eps=self.eps)
         k_ND = norm_rope(k_ND, self.norm_k.weight[...], None, eps=self.eps)
-        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch), "cross_o")
+        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "cross_attention"), "cross_o")
 
-    def _attend(self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int) -> jax.Array:
+    def _attend(self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int, name: str) -> jax.Array:
         heads = (
             x.reshape(batch, -1, self.num_heads, x.shape[1] // self.num_heads)
             for x in (q_ND, k_ND, v_ND)
         )
-        rows_ND = attend(*heads).reshape(q_ND.shape)
+        rows_ND = attend(*heads, name=name).reshape(q_ND.shape)
         (out_ND,) = project(quantize(rows_ND) if self.o.is_float8 else Activation(rows_ND), self.o)
         return out_ND
 
@@ -336,11 +345,16 @@ def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> ja
     return x_BTPD.reshape(x_BLD.shape)
 
 
-def split_stacks(frozen: nnx.State, swapped: nnx.State | None) -> tuple[Stack, ...]:
-    """Sorts the blocks' frozen weights into those on the device and those that are fetched."""
-    if swapped is None:
-        return (Stack(frozen, None),)
-    return Stack(frozen, None), Stack(*nnx.split_state(swapped, is_small, ...))
+def to_state(weights: nnx.State | FlatState | None) -> nnx.State:
+    """Gives one block's weights the form that its module wants."""
+    if isinstance(weights, nnx.State):
+        return weights
+    return nnx.from_flat_state({path: nnx.Param(leaf) for path, leaf in (weights or {}).items()})
+
+
+def split_swapped(swapped: nnx.State | None) -> list[Stack]:
+    """Sorts the swapped blocks' weights into those on the device and those that are fetched."""
+    return [] if swapped is None else [Stack(*nnx.split_state(swapped, is_small, ...))]
 
 
 def is_small(path: tuple, leaf: jax.Array) -> bool:  # noqa: ARG001

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.transformer import WanTransformer, is_small
+from wan22_jax.model.remat import POLICIES
+from wan22_jax.model.transformer import FlatState, WanTransformer, is_small
 
 
 class TrainState(NamedTuple):
@@ -39,10 +40,11 @@ class Draws(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """The weights that do not train."""
+    """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
     on_device: nnx.State
-    swapped: nnx.State | None  # the last blocks, their matrices in pinned host memory
+    unrolled: tuple[FlatState, ...] = ()
+    swapped: nnx.State | None = None
 
 
 Metrics = dict[str, jax.Array]
@@ -55,33 +57,47 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return graphdef, trainable, frozen
 
 
-def place_frozen(frozen: nnx.State, *, blocks_to_swap: int, sharding: Sharding) -> Frozen:
-    """Puts the frozen weights where the step reads them, the last blocks' in host memory.
+def place_frozen(
+    frozen: nnx.State,
+    *,
+    activation_checkpointing: bool | str,
+    blocks_to_swap: int,
+    sharding: Sharding,
+) -> Frozen:
+    """Puts the frozen weights where and how the step reads them.
 
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
-        blocks_to_swap: how many blocks; more than there are means all.
+        activation_checkpointing: a key of ``remat.POLICIES``. If activations wait on the host, the
+            blocks stay a stack, else each block becomes arrays of its own.
+        blocks_to_swap: so many last blocks keep their matrices in pinned host memory; more than
+            there are means all.
         sharding: of what stays on the device.
     """
-    if blocks_to_swap == 0:
-        return Frozen(jax.device_put(frozen, sharding), None)
     blocks, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
+    num_blocks = jax.tree.leaves(blocks)[0].shape[0]
+    num_resident = max(0, num_blocks - blocks_to_swap)
+    num_stacked = num_resident if POLICIES[activation_checkpointing].on_host else 0
     host = sharding.with_memory_kind("pinned_host")
 
     def swap(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
-        kept = max(0, leaf.shape[0] - blocks_to_swap)
         target = sharding if is_small(path, leaf) else host
-        return leaf.replace(jax.device_put(np.asarray(leaf[...])[kept:], target))
+        return leaf.replace(jax.device_put(leaf[...][num_resident:], target))
 
-    def keep(leaf: nnx.Variable) -> nnx.Variable:
-        kept = max(0, leaf.shape[0] - blocks_to_swap)
-        return leaf.replace(jax.device_put(leaf[...][:kept], sharding))
+    def put(array: jax.Array | np.ndarray) -> jax.Array:
+        return jax.device_put(array, sharding)
 
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    swapped = nnx.map_state(swap, blocks)
-    resident = jax.tree.map(keep, blocks, is_leaf=is_variable)
-    on_device = nnx.merge_state(resident, jax.device_put(rest, sharding))
-    return Frozen(on_device, swapped["blocks"])
+    by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(blocks["blocks"])}
+    return Frozen(
+        on_device=nnx.merge_state(
+            jax.tree.map(put, rest), jax.tree.map(lambda leaf: put(leaf[:num_stacked]), blocks)
+        ),
+        unrolled=tuple(
+            {path: put(leaf[index]) for path, leaf in by_path.items()}
+            for index in range(num_stacked, num_resident)
+        ),
+        swapped=nnx.map_state(swap, blocks["blocks"]) if num_resident < num_blocks else None,
+    )
 
 
 def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -133,6 +149,7 @@ def loss_fn(
         draws.sigma_T,
         text_BSE,
         activation_checkpointing=activation_checkpointing,
+        unrolled=frozen.unrolled,
         swapped=frozen.swapped,
     )
     return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
@@ -184,7 +201,10 @@ def train_step(
 
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     micros = (*map(jnp.asarray, batch), jnp.arange(num_accumulate))
-    grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
+    if num_accumulate == 1:  # no copy of the gradient
+        grads, loss_A = accumulate(zeros, tuple(micro[0] for micro in micros))
+    else:
+        grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)}
