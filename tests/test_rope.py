@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan22_jax.model.rope import apply_rope, axis_channels, rope_angles
+from wan22_jax.model.rope import apply_rope, axis_channels, rope_tables
 
 
 @pytest.mark.parametrize(
@@ -19,22 +19,23 @@ def test_axes_share_the_channels(head_dim, channels):
 def test_rotation_is_that_of_complex_numbers(head_dim, grid):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, int(np.prod(grid)), 3, head_dim)).astype(np.float32)
-    got = apply_rope(jnp.asarray(x), *rope_angles(grid, head_dim))
+    got = apply_rope(jnp.asarray(x), *rope_tables(grid, head_dim))
     assert got.dtype == jnp.float32
     assert np.abs(got - rotate(x, grid)).max() < 1e-6 * np.abs(x).max()
 
 
-def test_angles_of_the_largest_grid_keep_float32():
+def test_tables_of_the_largest_grid_keep_float32():
     """704 x 1280, 121 frames: 31 x 22 x 40 tokens."""
-    cos_LP, sin_LP = rope_angles((31, 22, 40), 128)
+    cos_LK, sin_LK = rope_tables((31, 22, 40), 128)
     angle_LP = find_angles((31, 22, 40), 128)
-    assert np.abs(cos_LP - np.cos(angle_LP)).max() < 1e-7
-    assert np.abs(sin_LP - np.sin(angle_LP)).max() < 1e-7
+    for channel, sign in ((0, -1), (1, 1)):
+        assert np.abs(cos_LK[:, channel::2] - np.cos(angle_LP)).max() < 1e-7
+        assert np.abs(sin_LK[:, channel::2] - sign * np.sin(angle_LP)).max() < 1e-7
 
 
 def test_bfloat16_is_rotated_in_float32_and_rounded_once():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 30, 2, 28)), jnp.bfloat16)
-    angles = rope_angles((3, 2, 5), 28)
+    angles = rope_tables((3, 2, 5), 28)
     got = apply_rope(x, *angles)
     assert got.dtype == jnp.bfloat16
     exact = apply_rope(x.astype(jnp.float32), *angles)

@@ -17,11 +17,13 @@ from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
     Draws,
+    Frozen,
     TrainState,
     compile_train_step,
     draw_example,
     init_state,
     loss_fn,
+    place_frozen,
     split_model,
 )
 
@@ -62,14 +64,18 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
         lr, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
     )
     step = compile_train_step(
-        graphdef, optimizer, i2v_fraction=i2v_fraction, remat=False, sharding=sharding
+        graphdef,
+        optimizer,
+        i2v_fraction=i2v_fraction,
+        activation_checkpointing=False,
+        sharding=sharding,
     )
 
     def make_state() -> TrainState:
         fresh = jax.tree.map(jnp.copy, trainable)
         return jax.device_put(init_state(fresh, optimizer), sharding)
 
-    return make_state, jax.device_put(frozen, sharding), step
+    return make_state, place_frozen(frozen, blocks_to_swap=0, sharding=sharding), step
 
 
 def make_run(**options):
@@ -95,7 +101,7 @@ def test_training_learns_and_only_the_adapter_moves():
     batch = make_batch(0)
     graphdef, start, _ = split_model(make_model())
     held_out = (*(jnp.asarray(x[0]) for x in batch), draw_batch(2, 3, 0.0))
-    loss = jax.jit(partial(loss_fn, graphdef=graphdef, remat=False))
+    loss = jax.jit(partial(loss_fn, graphdef=graphdef, activation_checkpointing=False))
     for _ in range(100):
         state, _ = step(state, frozen, batch, SEED, GRID)
     assert int(state.step) == 100
@@ -174,7 +180,12 @@ def test_image_to_video_gives_the_first_frame_and_leaves_it_out_of_the_loss():
     graphdef, trainable, frozen = split_model(make_model())
     latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
     loss = partial(
-        loss_fn, fill_lora_b(trainable), frozen, text_BSE=text_BSE, graphdef=graphdef, remat=False
+        loss_fn,
+        fill_lora_b(trainable),
+        Frozen(frozen, None),
+        text_BSE=text_BSE,
+        graphdef=graphdef,
+        activation_checkpointing=False,
     )
     louder = draws._replace(noise_TYXC=draws.noise_TYXC.at[:, 0].mul(100.0))
     assert loss(latents_BTYXC, draws=draws) == loss(latents_BTYXC, draws=louder)
@@ -211,7 +222,15 @@ def test_loss_is_the_plain_mean_of_the_trained_frames():
     velocity = model(jnp.asarray(mixed, jnp.float32), draws.sigma_T, text_BSE.astype(jnp.float32))
     error = np.asarray(velocity) - (noise - clean)
     expected = (np.mean(error[0] ** 2) + np.mean(error[1, 1:] ** 2)) / 2
-    got = loss_fn(trainable, frozen, latents_BTYXC, text_BSE, draws, graphdef=graphdef, remat=False)
+    got = loss_fn(
+        trainable,
+        Frozen(frozen, None),
+        latents_BTYXC,
+        text_BSE,
+        draws,
+        graphdef=graphdef,
+        activation_checkpointing=False,
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -221,10 +240,10 @@ def test_recomputing_blocks_changes_no_bit():
     trainable = fill_lora_b(trainable)
     latents_BTYXC, text_BSE = (jnp.asarray(x[0][:1, :1]) for x in make_batch(0))
     draws = jax.tree.map(lambda x: x[:1, :1], draw_batch(1, 3, 0.0))
-    args = (trainable, frozen, latents_BTYXC, text_BSE, draws)
+    args = (trainable, Frozen(frozen, None), latents_BTYXC, text_BSE, draws)
     eager, compiled = {}, {}
     for remat in (False, True):
-        loss = partial(loss_fn, graphdef=graphdef, remat=remat)
+        loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=remat)
         assert ("remat" in str(jax.make_jaxpr(loss)(*args))) is remat
         compiled[remat] = jax.jit(jax.value_and_grad(loss))(*args)
         with jax.disable_jit():

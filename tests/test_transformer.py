@@ -25,9 +25,10 @@ from golden.make_transformer import (
 from safetensors.numpy import save_file
 
 from wan22_jax.adapter import Adapter, attach_adapter, from_comfyui, to_comfyui
-from wan22_jax.model.linear import RMSNorm, layer_norm
+from wan22_jax.model.fused import add_gated, layer_norm
+from wan22_jax.model.linear import RMSNorm
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.transformer import TransformerConfig, WanTransformer, add_gated, sinusoid
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer, sinusoid
 from wan22_jax.weights import (
     is_stacked,
     keeps_float32,
@@ -250,10 +251,10 @@ def test_norm_statistics_are_float32():
 
 def test_gates_act_and_add_in_float32():
     rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(rng.standard_normal((1, 6, 32)), jnp.bfloat16) for _ in range(2))
-    gate = rng.standard_normal((1, 3, 32)).astype(np.float32)
+    x, y = (jnp.asarray(rng.standard_normal((6, 32)), jnp.bfloat16) for _ in range(2))
+    gate = rng.standard_normal((3, 32)).astype(np.float32)
     got = add_gated(x, y, jnp.asarray(gate))
-    gated = np.asarray(y, np.float32) * gate.repeat(2, axis=1)
+    gated = np.asarray(y, np.float32) * gate.repeat(2, axis=0)
     expected = (np.asarray(x, np.float32) + gated).astype(jnp.bfloat16)
     np.testing.assert_array_equal(got, expected)
     assert (expected != x + gated.astype(jnp.bfloat16)).any()

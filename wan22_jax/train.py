@@ -30,7 +30,7 @@ from wan22_jax.model_folder import ModelCard, load_transformer, read_model_card
 from wan22_jax.sharding import claim_gpu, describe_peak_memory, make_mesh, replicated
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
-from wan22_jax.training.step import compile_train_step, init_state, split_model
+from wan22_jax.training.step import compile_train_step, init_state, place_frozen, split_model
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +97,14 @@ def train(
         eps=config.optimizer.eps,
         max_grad_norm=config.gradient_clipping,
     )
-    state, frozen, draw_key = jax.device_put(
-        (init_state(trainable, optimizer), frozen, draw_key), sharding
-    )
+    state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
+    frozen = place_frozen(frozen, blocks_to_swap=config.blocks_to_swap, sharding=sharding)
     del model, trainable  # the state owns these arrays now, and the step donates them
     train_step = compile_train_step(
         graphdef,
         optimizer,
         i2v_fraction=config.i2v_fraction,
-        remat=config.activation_checkpointing is True,
+        activation_checkpointing=config.activation_checkpointing,
         sharding=sharding,
     )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)

@@ -12,6 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wan22_jax.model.fp8 import quantize_weight
+from wan22_jax.model.fused import (
+    Activation,
+    LinearWeights,
+    layer_norm,
+    linear,
+    norm_rope_twin,
+    quantize,
+)
 from wan22_jax.model.lora import LoRAParam, init_lora
 
 LayerT = TypeVar("LayerT", bound=nnx.Module)
@@ -25,6 +34,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(
             jax.random.uniform(rngs.params(), (num_out, num_in), jnp.float32, -bound, bound)
         )
+        self.weight_scale: nnx.Param | None = nnx.data(None)  # of a float8 weight
         self.bias = nnx.Param(jnp.zeros((num_out,))) if bias else None
         self.lora_A: LoRAParam | None = nnx.data(None)
         self.lora_B: LoRAParam | None = nnx.data(None)
@@ -35,14 +45,51 @@ class Linear(nnx.Module):
         self.lora_A, self.lora_B = init_lora(key, self.weight.shape, rank=rank)
         self.lora_scale = alpha / rank
 
+    def to_float8(self) -> None:
+        """Stores the weight as float8_e4m3fn with a scale (stacked layers: one scale each)."""
+        weight, scale = quantize_weight(self.weight[...])
+        self.weight, self.weight_scale = nnx.Param(weight), nnx.Param(scale)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the input is wanted in float8 too."""
+        return self.weight_scale is not None
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
-        y = _matmul(x, self.weight[...])
-        if self.bias is not None:
-            y = y + along_last(self.bias[...], y)
-        if self.lora_A is not None and self.lora_B is not None:
-            y = y + self.lora_scale * _matmul(_matmul(x, self.lora_A[...]), self.lora_B[...])
-        return y
+        rows = x.reshape(-1, x.shape[-1])
+        (y,) = project(quantize(rows) if self.is_float8 else Activation(rows), self)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
+    """Runs one linear, or several of one width on the same rows as one matmul."""
+
+    def join(arrays: list[jax.Array | None]) -> jax.Array | None:
+        present = [array for array in arrays if array is not None]
+        if len(present) <= 1:
+            return present[0] if present else None
+        return jnp.concatenate(present, axis=0)
+
+    def read(param: nnx.Param | None) -> jax.Array | None:
+        return None if param is None else param[...]
+
+    scales = [
+        None
+        if (scale := read(each.weight_scale)) is None
+        else jnp.full(each.weight.shape[0], scale)
+        for each in linears
+    ]
+    weights = LinearWeights(
+        weight_OI=jnp.concatenate([each.weight[...] for each in linears])
+        if len(linears) > 1
+        else linears[0].weight[...],
+        scale_O=join(scales),
+        bias_O=join([read(each.bias) for each in linears]),
+        lora_A=join([read(each.lora_A) for each in linears]),
+        lora_B=join([read(each.lora_B) for each in linears]),
+    )
+    return linear(x, weights, groups=len(linears), lora_scale=linears[0].lora_scale)
 
 
 def stack_layers(
@@ -56,11 +103,6 @@ def stack_layers(
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     """Shapes and casts a vector so that it broadcasts along the last axis of x."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _matmul(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
-    # HIGHEST: float32 means float32 on a GPU too, not TF32; 16-bit operands are not affected.
-    return jnp.matmul(x, weight_OI.astype(x.dtype).T, precision=jax.lax.Precision.HIGHEST)
 
 
 class LayerNorm(nnx.Module):
@@ -91,9 +133,14 @@ class RMSNorm(nnx.Module):
         return (x32 * scale).astype(x.dtype) * along_last(self.weight[...], x)
 
 
-def layer_norm(x: jax.Array, *, eps: float) -> jax.Array:
-    """Normalises the last axis without weights; computed and returned in float32."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps)
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), cast back to x's dtype, times weight."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((dim,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keeps x's dtype; statistics in float32."""
+        rows = x.reshape(-1, x.shape[-1])
+        return norm_rope_twin(self.eps, rows, self.weight[...], None).reshape(x.shape)

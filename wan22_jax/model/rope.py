@@ -18,37 +18,40 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rope_angles(
+def rope_tables(
     grid_TYX: tuple[int, int, int], head_dim: int
-) -> tuple[Float[Array, "L P"], Float[Array, "L P"]]:
-    """Returns cosine and sine for each token (f, h, w order, w fastest) and channel pair."""
+) -> tuple[Float[Array, "L K"], Float[Array, "L K"]]:
+    """Returns what each token's channels are multiplied with, and what their pair partners are.
+
+    Tokens are in (f, h, w) order, w fastest; the tables hold cosine and signed sine, so that the
+    rotated x is x cos + partner sin.
+    """
     tables_cos, tables_sin = [], []
     for axis, (length, channels) in enumerate(zip(grid_TYX, axis_channels(head_dim), strict=True)):
         angle = np.outer(np.arange(length), THETA ** (-np.arange(0, channels, 2) / channels))
-        shape = [1, 1, 1, channels // 2]
+        shape = [1, 1, 1, channels]
         shape[axis] = length
-        full = (*grid_TYX, channels // 2)
-        for tables, function in ((tables_cos, np.cos), (tables_sin, np.sin)):
-            table = jnp.asarray(function(angle).astype(np.float32)).reshape(shape)
-            tables.append(jnp.broadcast_to(table, full))
+        cos = np.repeat(np.cos(angle), 2, axis=1)
+        sin = np.stack([-np.sin(angle), np.sin(angle)], axis=-1)
+        for tables, values in ((tables_cos, cos), (tables_sin, sin)):
+            table = jnp.asarray(values.astype(np.float32).reshape(shape))
+            tables.append(jnp.broadcast_to(table, (*grid_TYX, channels)))
     num_tokens = int(np.prod(grid_TYX))
-    cos_LP = jnp.concatenate(tables_cos, axis=-1).reshape(num_tokens, head_dim // 2)
-    sin_LP = jnp.concatenate(tables_sin, axis=-1).reshape(num_tokens, head_dim // 2)
-    return cos_LP, sin_LP
+    cos_LK = jnp.concatenate(tables_cos, axis=-1).reshape(num_tokens, head_dim)
+    sin_LK = jnp.concatenate(tables_sin, axis=-1).reshape(num_tokens, head_dim)
+    return cos_LK, sin_LK
 
 
 def apply_rope(
-    x_BLHK: Float[Array, "B L H K"], cos_LP: Float[Array, "L P"], sin_LP: Float[Array, "L P"]
+    x_BLHK: Float[Array, "B L H K"], cos_LK: Float[Array, "L K"], sin_LK: Float[Array, "L K"]
 ) -> Float[Array, "B L H K"]:
     """Rotates each pair by its token's angle in float32; the result has x's dtype."""
-    pairs_BLHP2 = x_BLHK.astype(jnp.float32).reshape(*x_BLHK.shape[:-1], -1, 2)
-    real_BLHP, imaginary_BLHP = pairs_BLHP2[..., 0], pairs_BLHP2[..., 1]
-    cos_1L1P, sin_1L1P = cos_LP[None, :, None, :], sin_LP[None, :, None, :]
-    rotated = jnp.stack(
-        [
-            real_BLHP * cos_1L1P - imaginary_BLHP * sin_1L1P,
-            real_BLHP * sin_1L1P + imaginary_BLHP * cos_1L1P,
-        ],
-        axis=-1,
-    )
-    return rotated.reshape(x_BLHK.shape).astype(x_BLHK.dtype)
+    x32_BLHK = x_BLHK.astype(jnp.float32)
+    cos_1L1K, sin_1L1K = cos_LK[None, :, None, :], sin_LK[None, :, None, :]
+    rotated_BLHK = x32_BLHK * cos_1L1K + swap_pairs(x32_BLHK) * sin_1L1K
+    return rotated_BLHK.astype(x_BLHK.dtype)
+
+
+def swap_pairs(x: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
+    """Exchanges the two channels of each pair."""
+    return jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)

@@ -8,16 +8,30 @@ as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from wan22_jax.model.attention import attend
-from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, layer_norm, stack_layers
-from wan22_jax.model.rope import apply_rope, rope_angles
+from wan22_jax.model.fused import (
+    Activation,
+    Rope,
+    add_gated,
+    gelu,
+    layer_norm,
+    norm_rope,
+    quantize,
+    residual_norm,
+)
+from wan22_jax.model.linear import LayerNorm, Linear, RMSNorm, along_last, project, stack_layers
+from wan22_jax.model.lora import LoRAParam
+from wan22_jax.model.remat import POLICIES, Stack, run_blocks
+from wan22_jax.model.rope import rope_tables
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,8 @@ class WanTransformer(nnx.Module):
         text_BSE: Float[Array | np.ndarray, "B S E"],
         *,
         float32_residual: bool = False,
-        remat: bool = False,
+        activation_checkpointing: bool | str = False,
+        swapped: nnx.State | None = None,
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -81,7 +96,10 @@ class WanTransformer(nnx.Module):
             sigma_BT: noise level of each latent frame in [0, 1]; 0 marks a given, clean frame.
             text_BSE: text embeddings, S <= text_len; zero rows are appended here, never masked.
             float32_residual: keep the residual stream in float32 in a 16-bit model.
-            remat: recompute each block in the backward pass instead of keeping its activations.
+            activation_checkpointing: what the backward pass keeps of each block, a key of
+                ``remat.POLICIES``.
+            swapped: weights of the last blocks in host memory, see ``sharding.place_frozen``;
+                ``self.blocks`` then lacks them.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -94,17 +112,23 @@ class WanTransformer(nnx.Module):
         x_BLD, grid_TYX = self.patch_embedding(jnp.asarray(latents_BTYXC, dtype))
         text_BSD = self._embed_text(jnp.asarray(text_BSE, dtype))
         time_BTD, time_BTMD = self._embed_time(jnp.asarray(sigma_BT, jnp.float32))
-        rope = rope_angles(grid_TYX, config.dim // config.num_heads)
+        rope = rope_tables(grid_TYX, config.dim // config.num_heads)
+        text_ND = text_BSD.reshape(-1, config.dim)
+        text = quantize(text_ND) if self.blocks.ffn["0"].is_float8 else Activation(text_ND)
+        graphdef, trainable, frozen = nnx.split(self.blocks, LoRAParam, ...)
 
-        graphdef, layers = nnx.split(self.blocks)
+        def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
+            states = [state for state in frozen if state is not None]
+            return nnx.merge(graphdef, lora, *states)(x, *context)
 
-        def run_block(x_BLD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x_BLD, time_BTMD, text_BSD, rope), None
-
-        if remat:
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
-        x_BLD = x_BLD.astype(jnp.float32) if float32_residual else x_BLD
-        x_BLD, _ = jax.lax.scan(run_block, x_BLD, layers)
+        x_BLD = run_blocks(
+            run_block,
+            x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
+            trainable,
+            split_stacks(frozen, swapped),
+            (time_BTMD, text, rope),
+            POLICIES[activation_checkpointing],
+        )
         return self.head(x_BLD, time_BTD, grid_TYX)
 
     def lora_targets(self) -> Iterator[tuple[str, Linear]]:
@@ -120,6 +144,11 @@ class WanTransformer(nnx.Module):
         """Attaches a fresh float32 adapter to the ten linears of every block."""
         for index, (_, linear) in enumerate(self.lora_targets()):
             linear.add_lora(jax.random.fold_in(key, index), rank=rank, alpha=alpha)
+
+    def to_float8(self) -> None:
+        """Stores the weights of the ten linears of every block in float8."""
+        for _, linear in self.lora_targets():
+            linear.to_float8()
 
     def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
         # The zero rows go through the MLP and become a constant that every query attends to.
@@ -183,20 +212,33 @@ class Block(nnx.Module):
         self,
         x_BLD: jax.Array,
         time_BTMD: jax.Array,
-        text_BSD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        text: Activation,
+        rope: Rope,
     ) -> jax.Array:
         """Returns the residual stream in its own dtype; branches compute in the text's dtype."""
-        dtype = text_BSD.dtype
+        B, L, D = x_BLD.shape
         modulation_BTMD = self.modulation[...].astype(jnp.float32)[None] + time_BTMD
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation_BTMD[:, :, m] for m in range(6))
-        y_BLD = modulate(layer_norm(x_BLD, eps=self.eps), shift1, scale1).astype(dtype)
-        x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, rope), gate1)
-        y_BLD = self.norm3(x_BLD).astype(dtype)
-        x_BLD = x_BLD + self.cross_attn(y_BLD, text_BSD, None).astype(x_BLD.dtype)
-        y_BLD = modulate(layer_norm(x_BLD, eps=self.eps), shift2, scale2).astype(dtype)
-        y_BLD = self.ffn["2"](jax.nn.gelu(self.ffn["0"](y_BLD), approximate=True))
-        return add_gated(x_BLD, y_BLD, gate2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            modulation_BTMD[:, :, m].reshape(-1, D) for m in range(6)
+        )
+        norm = partial(
+            residual_norm,
+            eps=self.eps,
+            dtype=text.rows.dtype,
+            quantize=self.ffn["0"].is_float8,
+        )
+        x_ND, y = norm(x_BLD.reshape(-1, D), None, None, 1 + scale1, shift1)
+        y_ND = self.self_attn.attend_to_itself(y, rope, batch=B)
+        weight3, bias3 = (
+            p[...].astype(jnp.float32)[None] for p in (self.norm3.weight, self.norm3.bias)
+        )
+        x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
+        y_ND = self.cross_attn.attend_to_text(y, text, batch=B)
+        x_ND, y = norm(x_ND, y_ND, None, 1 + scale2, shift2)
+        (hidden_NF,) = project(y, self.ffn["0"])
+        hidden_NF = checkpoint_name(hidden_NF, "ffn_in")
+        (y_ND,) = project(gelu(hidden_NF, quantize=self.ffn["2"].is_float8), self.ffn["2"])
+        return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
 
 
 class Attention(nnx.Module):
@@ -205,6 +247,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.num_heads = config.num_heads
+        self.eps = config.eps
         self.q = Linear(dim, dim, rngs=rngs)
         self.k = Linear(dim, dim, rngs=rngs)
         self.v = Linear(dim, dim, rngs=rngs)
@@ -212,19 +255,29 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(dim, eps=config.eps)
         self.norm_k = RMSNorm(dim, eps=config.eps)
 
-    def __call__(
-        self, x_BLD: jax.Array, source_BSD: jax.Array, rope: tuple[jax.Array, jax.Array] | None
-    ) -> jax.Array:
-        """Attends from x to the source; rotates q and k if angles are given."""
-        q_BLHK = self._split_heads(self.norm_q(self.q(x_BLD)))
-        k_BSHK = self._split_heads(self.norm_k(self.k(source_BSD)))
-        v_BSHK = self._split_heads(self.v(source_BSD))
-        if rope is not None:
-            q_BLHK, k_BSHK = apply_rope(q_BLHK, *rope), apply_rope(k_BSHK, *rope)
-        return self.o(attend(q_BLHK, k_BSHK, v_BSHK).reshape(x_BLD.shape))
+    def attend_to_itself(self, x: Activation, rope: Rope, *, batch: int) -> jax.Array:
+        """Self-attention of the rows of each example; q and k are rotated."""
+        q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
+        q_ND = norm_rope(q_ND, self.norm_q.weight[...], rope, eps=self.eps)
+        k_ND = norm_rope(k_ND, self.norm_k.weight[...], rope, eps=self.eps)
+        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch), "o")
 
-    def _split_heads(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD.reshape(*x_BLD.shape[:2], self.num_heads, -1)
+    def attend_to_text(self, x: Activation, text: Activation, *, batch: int) -> jax.Array:
+        """Cross-attention from the rows of each example to its text."""
+        q_ND = checkpoint_name(project(x, self.q)[0], "cross_q")
+        k_ND, v_ND = project(text, self.k, self.v)
+        q_ND = norm_rope(q_ND, self.norm_q.weight[...], None, eps=self.eps)
+        k_ND = norm_rope(k_ND, self.norm_k.weight[...], None, eps=self.eps)
+        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch), "cross_o")
+
+    def _attend(self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int) -> jax.Array:
+        heads = (
+            x.reshape(batch, -1, self.num_heads, x.shape[1] // self.num_heads)
+            for x in (q_ND, k_ND, v_ND)
+        )
+        rows_ND = attend(*heads).reshape(q_ND.shape)
+        (out_ND,) = project(quantize(rows_ND) if self.o.is_float8 else Activation(rows_ND), self.o)
+        return out_ND
 
 
 class Head(nnx.Module):
@@ -278,20 +331,21 @@ def sinusoid(timestep_BT: Float[Array, "B T"], freq_dim: int) -> Float[Array, "B
 
 def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
     """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
-    x_BTPD = _by_frame(x_BLD, scale_BTD)
-    x_BTPD = x_BTPD * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+    B, T, D = shift_BTD.shape
+    x_BTPD = x_BLD.reshape(B, T, -1, D) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
     return x_BTPD.reshape(x_BLD.shape)
 
 
-def add_gated(x_BLD: jax.Array, y_BLD: jax.Array, gate_BTD: jax.Array) -> jax.Array:
-    """Returns x + gate y, summed in float32, in x's dtype."""
-    y_BTPD = _by_frame(y_BLD, gate_BTD).astype(jnp.float32) * gate_BTD[:, :, None]
-    return (x_BLD.astype(jnp.float32) + y_BTPD.reshape(x_BLD.shape)).astype(x_BLD.dtype)
+def split_stacks(frozen: nnx.State, swapped: nnx.State | None) -> tuple[Stack, ...]:
+    """Sorts the blocks' frozen weights into those on the device and those that are fetched."""
+    if swapped is None:
+        return (Stack(frozen, None),)
+    return Stack(frozen, None), Stack(*nnx.split_state(swapped, is_small, ...))
 
 
-def _by_frame(x_BLD: jax.Array, frames_BTD: jax.Array) -> jax.Array:
-    B, T, D = frames_BTD.shape
-    return x_BLD.reshape(B, T, -1, D)
+def is_small(path: tuple, leaf: jax.Array) -> bool:  # noqa: ARG001
+    """Whether a stacked weight is not worth a copy from host memory: any but a matrix a block."""
+    return leaf.ndim != 3
 
 
 def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:

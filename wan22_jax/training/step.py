@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Sharding
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.model.transformer import WanTransformer, is_small
 
 
 class TrainState(NamedTuple):
@@ -37,6 +38,13 @@ class Draws(NamedTuple):
     weight_T: Float[Array, " T"]  # 1 on frames that are trained, 0 on a given frame
 
 
+class Frozen(NamedTuple):
+    """The weights that do not train."""
+
+    on_device: nnx.State
+    swapped: nnx.State | None  # the last blocks, their matrices in pinned host memory
+
+
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
@@ -45,6 +53,35 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     """Returns the structure, the trainable adapter and the frozen rest."""
     graphdef, trainable, frozen = nnx.split(model, LoRAParam, ...)
     return graphdef, trainable, frozen
+
+
+def place_frozen(frozen: nnx.State, *, blocks_to_swap: int, sharding: Sharding) -> Frozen:
+    """Puts the frozen weights where the step reads them, the last blocks' in host memory.
+
+    Args:
+        frozen: from ``split_model``; arrays of the device or of NumPy.
+        blocks_to_swap: how many blocks; more than there are means all.
+        sharding: of what stays on the device.
+    """
+    if blocks_to_swap == 0:
+        return Frozen(jax.device_put(frozen, sharding), None)
+    blocks, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
+    host = sharding.with_memory_kind("pinned_host")
+
+    def swap(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        kept = max(0, leaf.shape[0] - blocks_to_swap)
+        target = sharding if is_small(path, leaf) else host
+        return leaf.replace(jax.device_put(np.asarray(leaf[...])[kept:], target))
+
+    def keep(leaf: nnx.Variable) -> nnx.Variable:
+        kept = max(0, leaf.shape[0] - blocks_to_swap)
+        return leaf.replace(jax.device_put(leaf[...][:kept], sharding))
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    swapped = nnx.map_state(swap, blocks)
+    resident = jax.tree.map(keep, blocks, is_leaf=is_variable)
+    on_device = nnx.merge_state(resident, jax.device_put(rest, sharding))
+    return Frozen(on_device, swapped["blocks"])
 
 
 def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -79,25 +116,31 @@ def draw_example(
 
 def loss_fn(
     trainable: nnx.State,
-    frozen: nnx.State,
+    frozen: Frozen,
     latents_BTYXC: Float[Array, "B T Y X C"],
     text_BSE: Float[Array, "B S E"],
     draws: Draws,
     *,
     graphdef: nnx.GraphDef,
-    remat: bool,
+    activation_checkpointing: bool | str,
 ) -> Float[Array, ""]:
     """The mean over examples of the velocity error; ``draws`` has a leading batch axis."""
-    model = nnx.merge(graphdef, trainable, frozen)
+    model = nnx.merge(graphdef, trainable, frozen.on_device)
     clean_BTYXC = latents_BTYXC.astype(jnp.float32)
     noisy_BTYXC = add_noise(clean_BTYXC, draws.noise_TYXC, draws.sigma_T)
-    velocity_BTYXC = model(noisy_BTYXC, draws.sigma_T, text_BSE, remat=remat)
+    velocity_BTYXC = model(
+        noisy_BTYXC,
+        draws.sigma_T,
+        text_BSE,
+        activation_checkpointing=activation_checkpointing,
+        swapped=frozen.swapped,
+    )
     return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
 
 
 def train_step(
     state: TrainState,
-    frozen: nnx.State,
+    frozen: Frozen,
     batch: Batch,
     key: Array,
     sigma_grid: Float[Array, " G"],
@@ -105,7 +148,7 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     i2v_fraction: float,
-    remat: bool,
+    activation_checkpointing: bool | str,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step over the accumulated micro-batches; returns loss and gradient norm.
 
@@ -118,11 +161,12 @@ def train_step(
         graphdef: structure of the model, from ``split_model``.
         optimizer: as given to ``init_state``.
         i2v_fraction: share of image-to-video examples.
-        remat: recompute the blocks in the backward pass.
+        activation_checkpointing: what the backward pass keeps, see ``remat.POLICIES``.
     """
     num_accumulate, batch_size = batch.latents_ABTYXC.shape[:2]
     step_key = jax.random.fold_in(key, state.step)
-    grad_fn = jax.value_and_grad(partial(loss_fn, graphdef=graphdef, remat=remat))
+    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
+    grad_fn = jax.value_and_grad(loss)
 
     def accumulate(grads: nnx.State, micro: tuple[Array, ...]) -> tuple[nnx.State, Array]:
         latents_BTYXC, text_BSE, index = micro
@@ -152,7 +196,7 @@ def compile_train_step(
     optimizer: optax.GradientTransformation,
     *,
     i2v_fraction: float,
-    remat: bool,
+    activation_checkpointing: bool | str,
     sharding: Sharding,
 ) -> TrainStep:
     """Jits ``train_step`` (state, frozen, batch, key, sigma_grid); compiles once per batch shape.
@@ -164,6 +208,6 @@ def compile_train_step(
         graphdef=graphdef,
         optimizer=optimizer,
         i2v_fraction=i2v_fraction,
-        remat=remat,
+        activation_checkpointing=activation_checkpointing,
     )
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,411 @@
+"""The steps of a block between its attentions, each one pass over memory, with its gradient.
+
+Every step exists twice: as plain JAX (``*_twin``), which says what is meant and is what other
+devices and float32 models run, and as a GPU kernel (``kernels.py``) for bfloat16 activations.
+Rows are tokens: [N, D] with N = B * L. A table [M, D] has one row for each N / M rows in turn (a
+modulation has one a latent frame, a norm's weight has one row).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from wan22_jax.model import kernels
+from wan22_jax.model.fp8 import (
+    BACKWARD,
+    FORWARD,
+    float8_matmul,
+    is_float8,
+    power_of_two_scale,
+)
+from wan22_jax.model.rope import swap_pairs
+
+Table = jax.Array
+Rope = tuple[jax.Array, jax.Array]
+
+
+class Activation(NamedTuple):
+    """The input of a linear: rows, and the same rows in float8 if its weight is."""
+
+    rows: jax.Array
+    float8: jax.Array | None = None  # rows = float8 * scale; padded with rows to ignore
+    scale: jax.Array | None = None  # one a row
+
+
+def residual_norm(
+    x_ND: jax.Array,
+    branch_ND: jax.Array | None,
+    gate_MD: Table | None,
+    weight_MD: Table,
+    shift_MD: Table,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+    quantize: bool,
+) -> tuple[jax.Array, Activation]:
+    """Adds a branch to the residual stream and normalises the sum for the next branch.
+
+    Args:
+        x_ND: residual stream.
+        branch_ND: output of the branch before, None at the start of a block.
+        gate_MD: what the branch is multiplied with, None for 1.
+        weight_MD: what the layer-normed rows are multiplied with, float32.
+        shift_MD: what is added then, float32.
+        eps: of the norm.
+        dtype: of the returned activation.
+        quantize: give the activation in float8 too.
+
+    Returns:
+        The residual stream in its dtype, and layer_norm(it) * weight + shift.
+    """
+    static = (eps, jnp.dtype(dtype), quantize)
+    function = _residual_norm if _has_kernels(dtype, x_ND.shape[1]) else residual_norm_twin
+    x_ND, *activation = function(static, x_ND, branch_ND, gate_MD, weight_MD, shift_MD)
+    return x_ND, Activation(*activation)
+
+
+def residual_norm_twin(
+    static: tuple[float, DTypeLike, bool],
+    x_ND: jax.Array,
+    branch_ND: jax.Array | None,
+    gate_MD: Table | None,
+    weight_MD: Table,
+    shift_MD: Table,
+) -> tuple[jax.Array, ...]:
+    """Plain JAX of ``residual_norm``; (x, y) or (x, y, float8, scale)."""
+    eps, dtype, quantize = static
+    if branch_ND is not None:
+        x_ND = add_gated(x_ND, branch_ND, gate_MD)
+    y_ND = layer_norm(x_ND, eps=eps) * spread(weight_MD, x_ND) + spread(shift_MD, x_ND)
+    y_ND = y_ND.astype(dtype)
+    return (x_ND, y_ND, *(quantize_rows_twin([y_ND], None, dtype=FORWARD) if quantize else ()))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _residual_norm(static: tuple, *args: jax.Array | None) -> tuple[jax.Array, ...]:
+    return _residual_norm_forward(static, *args)[0]
+
+
+def _residual_norm_forward(static: tuple, *args: jax.Array | None) -> tuple:
+    eps, dtype, quantize = static
+    out = kernels.residual_norm(*args, eps=eps, dtype=dtype, quantize=quantize)
+    out = out if args[1] is not None else (args[0], *out)
+    return out, (out[0], args)
+
+
+def _residual_norm_backward(static: tuple, saved: tuple, grads: tuple) -> tuple:
+    out_ND, args = saved
+    eps, _, _ = static
+    _, branch_ND, gate_MD, weight_MD, _ = args
+    dtype = None if branch_ND is None else branch_ND.dtype
+    dx = kernels.residual_norm_backward(
+        out_ND, grads[1], grads[0], gate_MD, weight_MD, eps=eps, dtype=dtype
+    )
+    # Not computed in LoRA training, where nothing asks for them.
+    _, pull = jax.vjp(partial(residual_norm_twin, static, *args[:2]), *args[2:])
+    return (dx[0], dx[1] if len(dx) > 1 else None, *pull(grads))
+
+
+_residual_norm.defvjp(_residual_norm_forward, _residual_norm_backward)
+
+
+def norm_rope(x_ND: jax.Array, weight_D: jax.Array, rope: Rope | None, *, eps: float) -> jax.Array:
+    """RMS norm over the whole width, then the rotation of each head's channel pairs.
+
+    Args:
+        x_ND: queries or keys of all heads.
+        weight_D: of the norm.
+        rope: ``rope_tables`` of the L tokens that the N rows repeat, None to leave it out.
+        eps: of the norm.
+    """
+    fused = _has_kernels(x_ND.dtype, x_ND.shape[1])
+    return (_norm_rope if fused else norm_rope_twin)(eps, x_ND, weight_D, rope)
+
+
+def norm_rope_twin(
+    eps: float, x_ND: jax.Array, weight_D: jax.Array, rope: Rope | None
+) -> jax.Array:
+    """Plain JAX of ``norm_rope``."""
+    x32_ND = x_ND.astype(jnp.float32)
+    rstd_N1 = jax.lax.rsqrt(jnp.mean(x32_ND * x32_ND, axis=-1, keepdims=True) + eps)
+    y_ND = (x32_ND * rstd_N1).astype(x_ND.dtype) * weight_D.astype(x_ND.dtype)[None]
+    if rope is None:
+        return y_ND
+    cos_1L1K, sin_1L1K = (table[None, :, None, :] for table in rope)
+    length, head_dim = rope[0].shape
+    y_BLHK = y_ND.astype(jnp.float32).reshape(-1, length, y_ND.shape[1] // head_dim, head_dim)
+    y_BLHK = y_BLHK * cos_1L1K + swap_pairs(y_BLHK) * sin_1L1K
+    return y_BLHK.reshape(y_ND.shape).astype(x_ND.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm_rope(eps: float, x_ND: jax.Array, weight_D: jax.Array, rope: Rope | None) -> jax.Array:
+    return kernels.norm_rope(x_ND, weight_D, rope, eps=eps)
+
+
+def _norm_rope_forward(eps: float, *args: jax.Array | None) -> tuple:
+    return _norm_rope(eps, *args), args
+
+
+def _norm_rope_backward(eps: float, args: tuple, grad_ND: jax.Array) -> tuple:
+    x_ND, weight_D, rope = args
+    _, pull = jax.vjp(partial(norm_rope_twin, eps, x_ND), weight_D, rope)  # as above
+    return kernels.norm_rope_backward(x_ND, grad_ND, weight_D, rope, eps=eps), *pull(grad_ND)
+
+
+_norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
+
+
+def gelu(x_NF: jax.Array, *, quantize: bool) -> Activation:
+    """The tanh approximation of GELU, in x's dtype and, if asked for, in float8 too."""
+    fused = _has_kernels(x_NF.dtype, x_NF.shape[1])
+    return Activation(*(_gelu if fused else gelu_twin)(quantize, x_NF))
+
+
+def gelu_twin(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
+    """Plain JAX of ``gelu``."""
+    y_NF = jax.nn.gelu(x_NF.astype(jnp.float32), approximate=True).astype(x_NF.dtype)
+    return (y_NF, *(quantize_rows_twin([y_NF], None, dtype=FORWARD) if quantize else ()))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gelu(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
+    return kernels.gelu_quantize(x_NF, quantize=quantize)
+
+
+def _gelu_forward(quantize: bool, x_NF: jax.Array) -> tuple:
+    return _gelu(quantize, x_NF), x_NF
+
+
+def _gelu_backward(quantize: bool, x_NF: jax.Array, grads: tuple) -> tuple:  # noqa: ARG001
+    return jax.vjp(partial(gelu_twin, False), x_NF)[1](grads[:1])  # one element-wise pass as it is
+
+
+_gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def quantize(x_ND: jax.Array) -> Activation:
+    """Gives rows in float8 too; the gradient goes through the rows alone."""
+    fixed_ND = jax.lax.stop_gradient(x_ND)
+    return Activation(x_ND, *_quantize_rows([fixed_ND], None, dtype=FORWARD))
+
+
+def quantize_rows_twin(
+    parts: Sequence[jax.Array], column_scale: jax.Array | None, *, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Joins the parts along columns, times a scale a column, and gives each row its scale."""
+    x_ND = jax.lax.stop_gradient(jnp.concatenate(parts, axis=1).astype(jnp.float32))
+    x_ND = x_ND if column_scale is None else x_ND * column_scale[None]
+    scale_N = power_of_two_scale(jnp.max(jnp.abs(x_ND), axis=1), dtype)
+    return (x_ND / scale_N[:, None]).astype(dtype), scale_N
+
+
+def _quantize_rows(
+    parts: Sequence[jax.Array], column_scale: jax.Array | None, *, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    fused = all(_has_kernels(part.dtype, part.shape[1]) for part in parts)
+    function: Callable = kernels.quantize_rows if fused else quantize_rows_twin
+    return function(parts, column_scale, dtype=dtype)
+
+
+class LinearWeights(NamedTuple):
+    """One linear, or several of one input and the same width, joined along the output."""
+
+    weight_OI: jax.Array  # float8_e4m3fn with a scale, or a wider type without
+    scale_O: jax.Array | None
+    bias_O: jax.Array | None
+    lora_A: jax.Array | None  # [groups * R, I], the adapters one below the other
+    lora_B: jax.Array | None  # [O, R]
+
+
+def linear(
+    x: Activation, weights: LinearWeights, *, groups: int = 1, lora_scale: float = 0.0
+) -> tuple[jax.Array, ...]:
+    """x W^T + b + lora_scale * (x A^T) B^T, one output [N, O / groups] a group, in x's dtype.
+
+    With a float8 weight the first product is float8, forward with e4m3 and backward with e5m2;
+    the adapter's products are in x's dtype. Sums are in float32 and rounded once.
+    """
+    return _linear((groups, lora_scale), x, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple[jax.Array, ...]:
+    return _linear_forward(static, x, w)[0]
+
+
+def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple:
+    groups, lora_scale = static
+    if is_float8(w.weight_OI.dtype):
+        assert x.float8 is not None
+        raw_NO = float8_matmul(x.float8, w.weight_OI)
+    else:
+        raw_NO = matmul(x.rows, w.weight_OI.T)
+    low = None
+    if w.lora_A is None and x.scale is None:  # nothing that the matmul cannot add itself
+        raw_NO = raw_NO if w.bias_O is None else raw_NO + w.bias_O.astype(raw_NO.dtype)[None]
+        return tuple(raw_NO[:, columns] for columns, _, _ in _groups(groups, w, low)), (x, w, low)
+    if w.lora_A is not None:
+        low = lora_scale * matmul(x.rows, w.lora_A.T, jnp.float32)
+        low = checkpoint_name(low.astype(x.rows.dtype), "low_rank")
+    outs = tuple(
+        _scale_add_low_rank(
+            *(raw_NO, x.scale, w.scale_O, w.bias_O, None if low is None else low_g, high_g),
+            num_rows=x.rows.shape[0],
+            columns=columns,
+            transposed=True,
+        )
+        for columns, low_g, high_g in _groups(groups, w, low)
+    )
+    return outs, (x, w, low)
+
+
+def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> tuple:
+    groups, lora_scale = static
+    x, w, low = saved
+    dtype = x.rows.dtype
+    if is_float8(w.weight_OI.dtype):
+        grad8, grad_scale = _quantize_rows(grads, w.scale_O, dtype=BACKWARD)
+        raw_NI = float8_matmul(grad8, w.weight_OI.T)
+        dweight = jnp.zeros_like(w.weight_OI)
+    else:
+        grad_scale = None
+        joined_NO = jnp.concatenate(grads, axis=1)
+        raw_NI = matmul(joined_NO, w.weight_OI)
+        dweight = matmul(joined_NO.T, x.rows, jnp.float32).astype(w.weight_OI.dtype)
+    dlow = da = db = None
+    if w.lora_A is not None:
+        parts = list(zip(grads, _groups(groups, w, low), strict=True))
+        dlow = jnp.concatenate(
+            [matmul(grad, high_g, jnp.float32) for grad, (_, _, high_g) in parts], axis=1
+        )
+        dlow = (lora_scale * dlow).astype(dtype)
+        da = matmul(dlow.T, x.rows, jnp.float32).astype(w.lora_A.dtype)
+        db = [matmul(grad.T, low_g, jnp.float32) for grad, (_, low_g, _) in parts]
+        db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
+    dx = _scale_add_low_rank(
+        *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
+        num_rows=x.rows.shape[0],
+        columns=slice(0, raw_NI.shape[1]),
+        transposed=False,
+    )
+    dbias = None
+    if w.bias_O is not None:
+        dbias = jnp.concatenate([g.astype(jnp.float32).sum(axis=0) for g in grads])
+        dbias = dbias.astype(w.bias_O.dtype)
+    zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in (x.float8, x.scale))
+    dscale = None if w.scale_O is None else jnp.zeros_like(w.scale_O)
+    return Activation(dx, *zeros), LinearWeights(dweight, dscale, dbias, da, db)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]:
+    """Columns of the output, low-rank activations and B of each group."""
+    width = w.weight_OI.shape[0] // groups
+    spans = [slice(g * width, (g + 1) * width) for g in range(groups)]
+    if low is None or w.lora_B is None:
+        return [(span, None, None) for span in spans]
+    rank = w.lora_B.shape[1]
+    lows = [low[:, g * rank : (g + 1) * rank] for g in range(groups)]
+    return [(span, part, w.lora_B[span]) for span, part in zip(spans, lows, strict=True)]
+
+
+def _scale_add_low_rank(
+    raw: jax.Array,
+    row_scale: jax.Array | None,
+    column_scale: jax.Array | None,
+    bias: jax.Array | None,
+    low: jax.Array | None,
+    high: jax.Array | None,
+    *,
+    num_rows: int,
+    columns: slice,
+    transposed: bool,
+) -> jax.Array:
+    if not _has_kernels(raw.dtype, columns.stop - columns.start):
+        return scale_add_low_rank_twin(
+            *(raw, row_scale, column_scale, bias, low, high),
+            num_rows=num_rows,
+            columns=columns,
+            transposed=transposed,
+        )
+    if low is not None and high is not None:
+        pad = -low.shape[1] % 16
+        high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
+        low, high = jnp.pad(low, ((0, 0), (0, pad))), high.astype(raw.dtype)
+    return kernels.scale_add_low_rank(
+        *(raw, row_scale, column_scale, bias, low, high),
+        num_rows=num_rows,
+        columns=columns,
+        transposed=transposed,
+    )
+
+
+def scale_add_low_rank_twin(
+    raw: jax.Array,
+    row_scale: jax.Array | None,
+    column_scale: jax.Array | None,
+    bias: jax.Array | None,
+    low: jax.Array | None,
+    high: jax.Array | None,
+    *,
+    num_rows: int,
+    columns: slice,
+    transposed: bool,
+) -> jax.Array:
+    """raw * row_scale * column_scale + bias + low high(^T) for some rows and columns of raw."""
+    out = raw[:num_rows, columns].astype(jnp.float32)
+    if row_scale is not None:
+        out = out * row_scale[:num_rows, None]
+    if column_scale is not None:
+        out = out * column_scale[None, columns]
+    if bias is not None:
+        out = out + bias[None, columns].astype(jnp.float32)
+    if low is not None and high is not None:
+        out = out + matmul(low, high.T if transposed else high, jnp.float32)
+    return out.astype(raw.dtype)
+
+
+def add_gated(x_ND: jax.Array, branch_ND: jax.Array, gate_MD: Table | None) -> jax.Array:
+    """Returns x + gate * branch, summed in float32, in x's dtype."""
+    branch32_ND = branch_ND.astype(jnp.float32)
+    if gate_MD is not None:
+        branch32_ND = branch32_ND * spread(gate_MD, x_ND)
+    return (x_ND.astype(jnp.float32) + branch32_ND).astype(x_ND.dtype)
+
+
+def matmul(x: jax.Array, y: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """x y in x's dtype; float32 means float32 on a GPU too, not TF32."""
+    return jnp.matmul(
+        x,
+        y.astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=out_dtype or x.dtype,
+    )
+
+
+def layer_norm(x: jax.Array, *, eps: float) -> jax.Array:
+    """Normalises the last axis without weights; computed and returned in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+def spread(table_MD: Table, x_ND: jax.Array) -> jax.Array:
+    """Repeats each row of a table for its rows of x."""
+    M, D = table_MD.shape
+    repeated = jnp.broadcast_to(table_MD[:, None], (M, x_ND.shape[0] // M, D))
+    return repeated.reshape(x_ND.shape)
+
+
+def _has_kernels(dtype: DTypeLike, width: int) -> bool:
+    gpu = jax.default_backend() == "gpu"
+    return gpu and jnp.dtype(dtype) == jnp.bfloat16 and kernels.fits(width)

@@ -1,0 +1,403 @@
+"""Element-wise passes between matmuls, each one GPU kernel: read once, reduce, write once.
+
+XLA splits these chains at every row reduction and reads the activations again for each part. Here
+a program holds one row (a token) in registers. Every function has a plain JAX twin of the same
+arguments in ``fused.py`` and is tested against it; ``interpret`` runs it without a GPU.
+Written in Pallas for Triton: rows are independent, so there is nothing to schedule by hand.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+
+from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
+
+ROWS = 16  # float8 matmuls want a multiple of so many rows: float8 outputs are padded to it
+_TILE_ROWS, _TILE_COLUMNS = 64, 256
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width can be cut into vectors of a power of two."""
+    return _vector(width) >= 128
+
+
+def residual_norm(
+    x_ND: jax.Array,
+    branch_ND: jax.Array | None,
+    gate_MD: jax.Array | None,
+    weight_MD: jax.Array,
+    shift_MD: jax.Array,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+    quantize: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """See ``fused.residual_norm_twin``."""
+    N, D = x_ND.shape
+    has_branch, has_gate = branch_ND is not None, gate_MD is not None
+
+    def kernel(*refs: Any) -> None:
+        refs = list(refs)
+        x_ref = refs.pop(0)
+        branch_ref = refs.pop(0) if has_branch else None
+        gate_ref = refs.pop(0) if has_gate else None
+        weight_ref, shift_ref = refs.pop(0), refs.pop(0)
+        x_out = refs.pop(0) if has_branch else None
+        y_out = refs.pop(0)
+        parts = []
+        for at in _spans(D):
+            x = _load(x_ref, at)
+            if branch_ref is not None:
+                branch = _load(branch_ref, at)
+                x = x + (branch * _load(gate_ref, at) if gate_ref is not None else branch)
+                x = _store(x_out, at, x).astype(jnp.float32)
+            parts.append(x)
+        mean = sum(jnp.sum(x) for x in parts) / D
+        variance = sum(jnp.sum((x - mean) * (x - mean)) for x in parts) / D
+        rstd = jax.lax.rsqrt(variance + eps)
+        for index, at in enumerate(_spans(D)):
+            y = (parts[index] - mean) * rstd * _load(weight_ref, at) + _load(shift_ref, at)
+            parts[index] = _store(y_out, at, y).astype(jnp.float32)
+        if quantize:
+            _quantize_parts(parts, _spans(D), *refs)
+
+    per_row = [x_ND] + ([branch_ND] if has_branch else [])
+    tables = ([gate_MD] if has_gate else []) + [weight_MD, shift_MD]
+    outs = [(x_ND.dtype, D)] if has_branch else []
+    outs += [(dtype, D)] + ([(FORWARD, D), (jnp.float32, 0)] if quantize else [])
+    return _call_by_row(kernel, N, per_row, tables, outs, interpret=interpret)
+
+
+def residual_norm_backward(
+    x_ND: jax.Array,
+    dy_ND: jax.Array,
+    dx_ND: jax.Array | None,
+    gate_MD: jax.Array | None,
+    weight_MD: jax.Array,
+    *,
+    eps: float,
+    dtype: DTypeLike | None,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """See ``fused.residual_norm_backward_twin``; ``dtype`` is the branch's, None without one."""
+    N, D = x_ND.shape
+    has_dx, has_gate, has_branch = dx_ND is not None, gate_MD is not None, dtype is not None
+
+    def kernel(*refs: Any) -> None:
+        refs = list(refs)
+        x_ref, dy_ref = refs.pop(0), refs.pop(0)
+        dx_ref = refs.pop(0) if has_dx else None
+        gate_ref = refs.pop(0) if has_gate else None
+        weight_ref, dx_out = refs.pop(0), refs.pop(0)
+        spans = _spans(D)
+        parts = [_load(x_ref, at) for at in spans]
+        mean = sum(jnp.sum(x) for x in parts) / D
+        parts = [x - mean for x in parts]
+        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+        parts = [x * rstd for x in parts]
+        grads = [_load(dy_ref, at) * _load(weight_ref, at) for at in spans]
+        mean_grad = sum(jnp.sum(g) for g in grads) / D
+        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        for at, x, grad in zip(spans, parts, grads, strict=True):
+            dx = rstd * (grad - mean_grad - x * mean_product)
+            if dx_ref is not None:
+                dx = dx + _load(dx_ref, at)
+            _store(dx_out, at, dx)
+            if has_branch:
+                _store(refs[0], at, dx * _load(gate_ref, at) if gate_ref is not None else dx)
+
+    per_row = [x_ND, dy_ND] + ([dx_ND] if has_dx else [])
+    tables = ([gate_MD] if has_gate else []) + [weight_MD]
+    outs = [(x_ND.dtype, D)] + ([(dtype, D)] if has_branch else [])
+    return _call_by_row(kernel, N, per_row, tables, outs, interpret=interpret)
+
+
+def norm_rope(
+    x_ND: jax.Array,
+    weight_D: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``fused.norm_rope_twin``."""
+    N, D = x_ND.shape
+
+    def kernel(x_ref: Any, weight_ref: Any, *rest: Any) -> None:
+        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        parts = [_load(x_ref, at) for at in _spans(D)]
+        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+
+        def normalised(at: Any) -> jax.Array:
+            x = (_load(x_ref, at) * rstd).astype(x_ND.dtype).astype(jnp.float32)
+            return (x * _load(weight_ref, at)).astype(x_ND.dtype).astype(jnp.float32)
+
+        for at in _spans(D):
+            y = normalised(at)
+            if cos_ref is not None:
+                lane, swapped = _pairs(at)
+                channel = lane % cos_ref.shape[-1]
+                y = y * _load(cos_ref, channel) + normalised(swapped) * _load(sin_ref, channel)
+            _store(out_ref, at, y)
+
+    per_row, tables = [x_ND], [weight_D[None].astype(jnp.float32)]
+    outs = [(x_ND.dtype, D)]
+    return _call_by_row(kernel, N, per_row, tables, outs, cycled=rope or (), interpret=interpret)[0]
+
+
+def norm_rope_backward(
+    x_ND: jax.Array,
+    dy_ND: jax.Array,
+    weight_D: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``fused.norm_rope_backward_twin``."""
+    N, D = x_ND.shape
+
+    def kernel(x_ref: Any, dy_ref: Any, weight_ref: Any, *rest: Any) -> None:
+        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        spans = _spans(D)
+        parts = [_load(x_ref, at) for at in spans]
+        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+        parts = [x * rstd for x in parts]
+        grads = []
+        for at in spans:
+            dy = _load(dy_ref, at)
+            if cos_ref is not None:
+                lane, swapped = _pairs(at)
+                channel = lane % cos_ref.shape[-1]
+                dy = dy * _load(cos_ref, channel) - _load(dy_ref, swapped) * _load(sin_ref, channel)
+            grads.append(dy * _load(weight_ref, at))
+        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        for at, x, grad in zip(spans, parts, grads, strict=True):
+            _store(out_ref, at, rstd * (grad - x * mean_product))
+
+    per_row, tables = [x_ND, dy_ND], [weight_D[None].astype(jnp.float32)]
+    outs = [(x_ND.dtype, D)]
+    return _call_by_row(kernel, N, per_row, tables, outs, cycled=rope or (), interpret=interpret)[0]
+
+
+def quantize_rows(
+    parts: Sequence[jax.Array],
+    column_scale: jax.Array | None,
+    *,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See ``fused.quantize_rows_twin``."""
+    N = parts[0].shape[0]
+    widths = [part.shape[1] for part in parts]
+    total = sum(widths)
+
+    def kernel(*refs: Any) -> None:
+        refs = list(refs)
+        x_refs = [refs.pop(0) for _ in widths]
+        scale_ref = refs.pop(0) if column_scale is not None else None
+        values, spans, start = [], [], 0
+        for x_ref, width in zip(x_refs, widths, strict=True):
+            for at in _spans(width):
+                spans.append(pl.ds(start + at.start, at.size))
+                x = _load(x_ref, at)
+                values.append(x if scale_ref is None else x * _load(scale_ref, spans[-1]))
+            start += width
+        _quantize_parts(values, spans, *refs, dtype=dtype)
+
+    tables = [column_scale[None]] if column_scale is not None else []
+    outs = [(dtype, total), (jnp.float32, 0)]
+    out, scale = _call_by_row(kernel, N, parts, tables, outs, interpret=interpret)
+    return out, scale
+
+
+def gelu_quantize(
+    x_NF: jax.Array, *, quantize: bool, interpret: bool = False
+) -> tuple[jax.Array, ...]:
+    """See ``fused.gelu_quantize_twin``."""
+    N, F = x_NF.shape
+
+    def kernel(x_ref: Any, y_ref: Any, *quantized: Any) -> None:
+        parts = []
+        for at in _spans(F):
+            x = _load(x_ref, at)
+            inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+            y = x / (1 + jnp.exp(-2 * inner))
+            parts.append(_store(y_ref, at, y).astype(jnp.float32))
+        if quantize:
+            _quantize_parts(parts, _spans(F), *quantized)
+
+    outs = [(x_NF.dtype, F)] + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
+    return _call_by_row(kernel, N, [x_NF], [], outs, interpret=interpret)
+
+
+def scale_add_low_rank(
+    raw_NC: jax.Array,
+    row_scale_N: jax.Array | None,
+    column_scale_C: jax.Array | None,
+    bias_C: jax.Array | None,
+    low_NR: jax.Array | None,
+    high: jax.Array | None,
+    *,
+    num_rows: int,
+    columns: slice,
+    transposed: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``fused.scale_add_low_rank_twin``."""
+    width = columns.stop - columns.start
+    tile = min(_TILE_COLUMNS, _vector(width))
+    first = columns.start // tile
+    specs, arrays = [pl.BlockSpec((_TILE_ROWS, tile), lambda i, j: (i, j + first))], [raw_NC]
+    for vector, per_row in ((row_scale_N, True), (column_scale_C, False), (bias_C, False)):
+        if vector is not None:
+            size = _TILE_ROWS if per_row else tile
+            axis = 0 if per_row else 1
+            specs.append(pl.BlockSpec((size,), functools.partial(_along, axis, first)))
+            arrays.append(vector)
+    rank = 0
+    if low_NR is not None and high is not None:
+        rank = low_NR.shape[1]
+        specs.append(pl.BlockSpec((_TILE_ROWS, rank), lambda i, j: (i, 0)))  # noqa: ARG005
+        shape = (tile, rank) if transposed else (rank, tile)
+        specs.append(
+            pl.BlockSpec(shape, (lambda i, j: (j, 0)) if transposed else (lambda i, j: (0, j)))  # noqa: ARG005
+        )
+        arrays += [low_NR, high]
+
+    def kernel(raw_ref: Any, *refs: Any) -> None:
+        refs = list(refs)
+        rows = pl.program_id(0) * _TILE_ROWS + jnp.arange(_TILE_ROWS)
+        inside = rows < num_rows
+        mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, tile))
+        out = plgpu.load(raw_ref.at[:, :], mask=mask, other=0).astype(jnp.float32)
+        if row_scale_N is not None:
+            out = out * plgpu.load(refs.pop(0).at[:], mask=inside, other=0)[:, None]
+        if column_scale_C is not None:
+            out = out * refs.pop(0)[:][None, :]
+        if bias_C is not None:
+            out = out + refs.pop(0)[:][None, :].astype(jnp.float32)
+        if rank:
+            low_ref, high_ref = refs.pop(0), refs.pop(0)
+            for start in range(0, rank, 16):
+                at = pl.ds(start, 16)
+                low_mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, 16))
+                low = plgpu.load(low_ref.at[:, at], mask=low_mask, other=0)
+                if transposed:
+                    out = out + plgpu.dot(low, high_ref[:, at], trans_b=True)
+                else:
+                    out = out + plgpu.dot(low, high_ref[at, :])
+        plgpu.store(refs[0].at[:, :], out.astype(refs[0].dtype), mask=mask)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
+        grid=(pl.cdiv(num_rows, _TILE_ROWS), width // tile),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((_TILE_ROWS, tile), lambda i, j: (i, j)),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="scale_add_low_rank",
+    )(*arrays)
+
+
+def _along(axis: int, first: int, i: Any, j: Any) -> tuple[Any]:
+    return (i,) if axis == 0 else (j + first,)
+
+
+def _call_by_row(
+    kernel: Callable[..., None],
+    num_rows: int,
+    per_row: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    outs: Sequence[tuple[DTypeLike, int]],
+    *,
+    cycled: Sequence[jax.Array] = (),
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """Runs one program a row.
+
+    A table [M, D] holds a row for num_rows / M rows in turn, a cycled one is read over and over.
+    Outputs are (dtype, width), width 0 for one number a row; float8 outputs and the numbers beside
+    them are padded to ROWS by repeating the last row.
+    """
+    pads = any(dtype in (FORWARD, BACKWARD) for dtype, _ in outs)
+    programs = -(-num_rows // ROWS) * ROWS if pads else num_rows
+
+    def row_of(i: Any) -> Any:
+        return jnp.minimum(i, num_rows - 1) if programs > num_rows else i
+
+    specs = [pl.BlockSpec((1, array.shape[1]), lambda i: (row_of(i), 0)) for array in per_row]
+    for array in tables:
+        repeats = num_rows // array.shape[0]
+        specs.append(pl.BlockSpec((1, array.shape[1]), lambda i, n=repeats: (row_of(i) // n, 0)))
+    for array in cycled:
+        length = array.shape[0]
+        specs.append(pl.BlockSpec((1, array.shape[1]), lambda i, n=length: (row_of(i) % n, 0)))
+    shapes, out_specs = [], []
+    for dtype, width in outs:
+        if width == 0:
+            shapes.append(jax.ShapeDtypeStruct((programs,), dtype))
+            out_specs.append(pl.BlockSpec((1,), lambda i: (i,)))
+        elif dtype in (FORWARD, BACKWARD):
+            shapes.append(jax.ShapeDtypeStruct((programs, width), dtype))
+            out_specs.append(pl.BlockSpec((1, width), lambda i: (i, 0)))
+        else:
+            shapes.append(jax.ShapeDtypeStruct((num_rows, width), dtype))
+            out_specs.append(pl.BlockSpec((1, width), lambda i: (row_of(i), 0)))
+    num_warps = 8 if max(width for _, width in outs) > 4096 else 4
+    results = pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid=(programs,),
+        in_specs=specs,
+        out_specs=out_specs,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        interpret=interpret,
+    )(*per_row, *tables, *cycled)
+    return tuple(results)
+
+
+def _vector(width: int) -> int:
+    return min(width & -width, 2048 if width > 4096 else 1024)
+
+
+def _spans(width: int) -> list[Any]:
+    size = _vector(width)
+    return [pl.ds(start, size) for start in range(0, width, size)]
+
+
+def _load(ref: Any, at: Any) -> jax.Array:
+    return plgpu.load(ref.at[0, at]).astype(jnp.float32)
+
+
+def _store(ref: Any, at: Any, value: jax.Array) -> jax.Array:
+    value = value.astype(ref.dtype)
+    plgpu.store(ref.at[0, at], value)
+    return value
+
+
+def _pairs(at: Any) -> tuple[jax.Array, jax.Array]:
+    lane = at.start + jnp.arange(at.size)
+    return lane, lane ^ 1
+
+
+def _quantize_parts(
+    parts: Sequence[jax.Array],
+    spans: Sequence[Any],
+    out_ref: Any,
+    scale_ref: Any,
+    dtype: DTypeLike = FORWARD,
+) -> None:
+    amax = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in parts))
+    scale = power_of_two_scale(amax, dtype)
+    plgpu.store(scale_ref.at[0], scale)
+    for x, at in zip(parts, spans, strict=True):
+        _store(out_ref, at, x * (1 / scale))
