@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from wan22_jax.geometry import Bucket
+from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TI2V_5B
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -70,11 +70,10 @@ def test_weights_follow_seed_and_name_and_can_stay_on_the_host():
 
 
 def test_float8_weights_are_the_bfloat16_ones_quantised():
-    fp8 = pytest.importorskip("wan22_jax.model.fp8")
     models = [random_model.make_model(random_model.TINY, dtype=d) for d in ("bfloat16", "float8")]
     pairs = zip(*(model.lora_targets() for model in models), strict=True)
     for (_, plain), (_, quantised) in pairs:
-        weight, scale = fp8.quantize_weight(plain.weight[...])
+        weight, scale = quantize_weight(plain.weight[...])
         assert (quantised.weight[...] == weight).all()
         assert (quantised.weight_scale[...] == scale).all()
 
