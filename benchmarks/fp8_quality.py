@@ -14,6 +14,7 @@ by more than bfloat16 curves of different seeds differ. Both end in one line of 
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,8 +59,19 @@ class Agreement(NamedTuple):
     seed: int
     layer: int
     name: str
-    cosine: float
-    norm_ratio: float  # float8 / bfloat16
+    dot: float
+    norm: float  # in float8
+    reference_norm: float  # in bfloat16
+
+    @property
+    def cosine(self) -> float:
+        """0 if a gradient is zero: it agrees with nothing."""
+        return self.dot / (self.norm * self.reference_norm) if self.dot else 0.0
+
+    @property
+    def norm_ratio(self) -> float:
+        """float8 / bfloat16."""
+        return self.norm / self.reference_norm if self.reference_norm else 0.0
 
 
 def main() -> None:
@@ -109,7 +121,9 @@ def check_gradients(args: argparse.Namespace) -> dict[str, Any]:
     ):
         found += compare_gradients(reference, gradient, seed=seed)
     with (args.out / "gradients.csv").open("w") as file:
-        csv.writer(file).writerows([Agreement._fields, *found])
+        writer = csv.writer(file)
+        writer.writerow([*Agreement._fields, "cosine"])
+        writer.writerows([*one, one.cosine] for one in found)
     for name in sorted({one.name for one in found}):
         cosines = [one.cosine for one in found if one.name == name]
         print(f"{name:40} cosine min {min(cosines):.5f}, median {np.median(cosines):.5f}")
@@ -148,16 +162,14 @@ def adapter_gradients(dtype: str, args: argparse.Namespace) -> Iterator[dict[str
 def compare_gradients(
     reference: dict[str, np.ndarray], gradient: dict[str, np.ndarray], *, seed: int
 ) -> list[Agreement]:
-    """Compares each layer of each matrix; a gradient of zero agrees with nothing."""
+    """Compares each layer of each matrix."""
     assert reference.keys() == gradient.keys()
     found = []
     for name, layers in reference.items():
         for layer, (ours, theirs) in enumerate(zip(gradient[name], layers, strict=True)):
             a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
-            norms = np.linalg.norm(a), np.linalg.norm(b)
-            cosine = float(a @ b / (norms[0] * norms[1])) if min(norms) > 0 else 0.0
-            ratio = float(norms[0] / norms[1]) if norms[1] > 0 else 0.0
-            found.append(Agreement(seed, layer, name, cosine, ratio))
+            norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+            found.append(Agreement(seed, layer, name, float(a @ b), *norms))
     return found
 
 
@@ -166,15 +178,24 @@ def judge_gradients(found: Sequence[Agreement]) -> dict[str, Any]:
     cosines = np.array([one.cosine for one in found])
     ratios = np.array([one.norm_ratio for one in found])
     worst = found[int(np.argmin(cosines))]
+    layers = [join_layer(found, seed, layer) for seed, layer in {one[:2] for one in found}]
     return {
         "matrices": len(found) // len({one.seed for one in found}),
         "min_cosine": round(float(cosines.min()), 6),
         "median_cosine": round(float(np.median(cosines)), 6),
+        "min_layer_cosine": round(min(layer.cosine for layer in layers), 6),
         "under": int(np.sum(cosines < LEAST_COSINE)),
         "worst": f"seed {worst.seed}, layer {worst.layer}, {worst.name}",
         "norm_ratio": [round(float(value), 5) for value in np.quantile(ratios, [0, 0.5, 1])],
         "passed": bool(np.isfinite(cosines).all() and cosines.min() >= LEAST_COSINE),
     }
+
+
+def join_layer(found: Sequence[Agreement], seed: int, layer: int) -> Agreement:
+    """Compares a layer's gradients taken as one vector."""
+    parts = [one for one in found if one[:2] == (seed, layer)]
+    norms = (math.hypot(*(getattr(one, n) for one in parts)) for n in ("norm", "reference_norm"))
+    return Agreement(seed, layer, "all", math.fsum(one.dot for one in parts), *norms)
 
 
 # Curves

@@ -27,7 +27,8 @@ from kernel_table import Kernel  # noqa: E402
 
 def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
     words = [sys.executable, str(BENCHMARKS / "train_step.py"), "--tiny", "--bucket", "64x64x5"]
-    words += ["--batch", "2", "--steps", "1", "--trace", str(tmp_path)]
+    words += ["--batch", "2", "--steps", "1", "--activation_checkpointing", "false"]
+    words += ["--trace", str(tmp_path)]
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
@@ -172,6 +173,12 @@ def test_one_bad_matrix_fails_the_gradient_check():
         verdict = fp8_quality.judge_gradients(found)
         assert not verdict["passed"]
         assert verdict["worst"] == "seed 0, layer 1, a.lora_B"
+        both = [
+            np.concatenate([tree[name][1] for name in tree]).ravel()
+            for tree in ({**close, "a.lora_B": bad}, reference)
+        ]
+        cosine = both[0] @ both[1] / np.linalg.norm(both[0]) / np.linalg.norm(both[1])
+        np.testing.assert_allclose(verdict["min_layer_cosine"], cosine, atol=1e-5)
 
 
 def test_curves_are_judged_by_the_spread_of_seeds():
