@@ -18,10 +18,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import replicated
-from wan22_jax.training.step import compile_train_step, loss_fn
-from wan22_jax.weights import is_stacked, set_parameters, stored_dtype
+from wan22_jax.training.step import Frozen, compile_train_step, loss_fn, place_frozen
+from wan22_jax.weights import is_stacked, stored_dtype
 
 RANK = 32
 I2V_FRACTION = 0.2
@@ -56,16 +57,16 @@ def make_model(
     def build() -> WanTransformer:
         model = WanTransformer(config, rngs=nnx.Rngs(0))
         if dtype == "float8":
-            model.to_float8()  # pyright: ignore[reportAttributeAccessIssue]
+            model.to_float8()
         return model
 
     model = nnx.eval_shape(build)
-    leaves = {
-        ".".join(map(str, path)): leaf
+    paths = {
+        ".".join(map(str, path)): (path, leaf)
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     arrays: dict[str, Any] = {}
-    for name, leaf in leaves.items():
+    for name, (_, leaf) in paths.items():
         if name.endswith(".weight_scale"):
             continue  # comes with its weight
         shape = tuple(leaf.shape)
@@ -79,14 +80,15 @@ def make_model(
             shape=shape,
             stacked=is_stacked(name),
             dtype=stored_dtype(name, jnp.bfloat16),
-            quantise=scale_name in leaves,
+            quantise=scale_name in paths,
         )
         if on_host and is_stacked(name):
             drawn = tuple(map(np.asarray, drawn))
         arrays[name] = drawn[0]
-        if scale_name in leaves:
+        if scale_name in paths:
             arrays[scale_name] = drawn[1]
-    set_parameters(model, arrays)
+    values = {path: leaf.replace(arrays[name]) for name, (path, leaf) in paths.items()}
+    nnx.update(model, nnx.from_flat_state(values))
     return model
 
 
@@ -107,11 +109,9 @@ def add_lora(model: WanTransformer, *, seed: int, std_b: float = 0.0) -> None:
         linear.lora_B[...] = std_b * jax.random.normal(key, linear.lora_B.shape)
 
 
-def place(frozen: nnx.State, *, blocks_to_swap: int, mesh: Mesh) -> nnx.State:
+def place(frozen: nnx.State, *, blocks_to_swap: int, mesh: Mesh) -> Frozen:
     """Moves the frozen weights to where the step reads them."""
-    if blocks_to_swap:
-        raise SystemExit("blocks_to_swap: the train step does not stream weights yet")
-    return jax.device_put(frozen, replicated(mesh))
+    return place_frozen(frozen, blocks_to_swap=blocks_to_swap, sharding=replicated(mesh))
 
 
 def build_step(
@@ -126,7 +126,7 @@ def build_step(
         graphdef,
         optimizer,
         i2v_fraction=I2V_FRACTION,
-        remat=_remat(activation_checkpointing),
+        activation_checkpointing=activation_checkpointing,
         sharding=replicated(mesh),
     )
     return cast(jax.stages.Wrapped, step)
@@ -136,19 +136,13 @@ def build_grad(
     graphdef: nnx.GraphDef, *, activation_checkpointing: bool | str
 ) -> jax.stages.Wrapped:
     """Jits (trainable, frozen, latents, text, draws) -> (loss, gradient), without an optimizer."""
-    remat = _remat(activation_checkpointing)
-    return jax.jit(jax.value_and_grad(partial(loss_fn, graphdef=graphdef, remat=remat)))
+    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def read_policy(text: str) -> bool | str:
     """Reads --activation_checkpointing: false, true or the name of a policy."""
     return {"false": False, "true": True}.get(text, text)
-
-
-def _remat(activation_checkpointing: bool | str) -> bool:
-    if isinstance(activation_checkpointing, str):
-        raise SystemExit(f"activation_checkpointing {activation_checkpointing!r}: not there yet")
-    return activation_checkpointing
 
 
 def count_flops(config: TransformerConfig, num_tokens: int) -> float:
@@ -202,8 +196,6 @@ def _draw(
         layer = mean + std * jax.random.normal(key, layer_shape, jnp.float32)
         if not quantise:
             return (layer.astype(dtype),)
-        from wan22_jax.model.fp8 import quantize_weight
-
         return quantize_weight(layer.astype(dtype))
 
     weight, *scales = jax.lax.map(draw_layer, jax.random.split(key, num_layers))

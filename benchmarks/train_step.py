@@ -48,7 +48,7 @@ NUM_TRACED = 2  # steps in a profile
 
 def main() -> None:
     args = parse_arguments()
-    limit_memory(args.memory_gb)
+    limit_memory(None if args.tiny else args.memory_gb)
     claim_gpu()
     if args.dump:
         dump = f"--xla_dump_to={args.dump} --xla_dump_hlo_as_text"
