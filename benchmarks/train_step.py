@@ -64,7 +64,12 @@ def main() -> None:
     add_lora(model, seed=2)
     graphdef, trainable, frozen = split_model(model)
     del model
-    frozen = place(frozen, blocks_to_swap=args.blocks_to_swap, mesh=mesh)
+    frozen = place(
+        frozen,
+        activation_checkpointing=args.activation_checkpointing,
+        blocks_to_swap=args.blocks_to_swap,
+        mesh=mesh,
+    )
     optimizer = make_adamw()
     state, grid, key = jax.device_put(
         (init_state(trainable, optimizer), sigma_grid(), jax.random.key(0)), sharding

@@ -279,7 +279,9 @@ class Attention(nnx.Module):
         k_ND = norm_rope(k_ND, self.norm_k.weight[...], None, eps=self.eps)
         return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "cross_attention"), "cross_o")
 
-    def _attend(self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int, name: str) -> jax.Array:
+    def _attend(
+        self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int, name: str
+    ) -> jax.Array:
         heads = (
             x.reshape(batch, -1, self.num_heads, x.shape[1] // self.num_heads)
             for x in (q_ND, k_ND, v_ND)
