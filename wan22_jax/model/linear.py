@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.lora import LoRAParam, init_lora
 
 LayerT = TypeVar("LayerT", bound=nnx.Module)
@@ -25,6 +26,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(
             jax.random.uniform(rngs.params(), (num_out, num_in), jnp.float32, -bound, bound)
         )
+        self.weight_scale: nnx.Param | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros((num_out,))) if bias else None
         self.lora_A: LoRAParam | None = nnx.data(None)
         self.lora_B: LoRAParam | None = nnx.data(None)
@@ -35,9 +37,17 @@ class Linear(nnx.Module):
         self.lora_A, self.lora_B = init_lora(key, self.weight.shape, rank=rank)
         self.lora_scale = alpha / rank
 
+    def to_float8(self) -> None:
+        """Replaces the weight by float8_e4m3fn values and their scale, one per stacked layer."""
+        weight, scale = quantize_weight(self.weight[...])
+        self.weight, self.weight_scale = nnx.Param(weight), nnx.Param(scale)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
-        y = _matmul(x, self.weight[...])
+        weight = self.weight[...].astype(x.dtype)
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale[...].astype(x.dtype)
+        y = _matmul(x, weight)
         if self.bias is not None:
             y = y + along_last(self.bias[...], y)
         if self.lora_A is not None and self.lora_B is not None:

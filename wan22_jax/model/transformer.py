@@ -121,6 +121,11 @@ class WanTransformer(nnx.Module):
         for index, (_, linear) in enumerate(self.lora_targets()):
             linear.add_lora(jax.random.fold_in(key, index), rank=rank, alpha=alpha)
 
+    def to_float8(self) -> None:
+        """Quantises the weights of the ten linears of every block."""
+        for _, linear in self.lora_targets():
+            linear.to_float8()
+
     def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
         # The zero rows go through the MLP and become a constant that every query attends to.
         padding = self.config.text_len - text_BSE.shape[1]
