@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from wan22_jax.errors import BadInput, is_full_disk, run_command
-from wan22_jax.model.fp8 import is_float8, quantize_weight
+from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
 from wan22_jax.model.vae import WanVAE
 from wan22_jax.model_folder import (
@@ -41,6 +41,7 @@ from wan22_jax.model_folder import (
     NETWORKS,
     ModelCard,
     abstract_transformer,
+    quantise_layer,
     tokenizer_folder,
     unquantised_dtype,
     write_model_card,
@@ -242,7 +243,7 @@ def _copy_tensor(
 def _quantise_tensor(
     tensors: OfficialTensors, name: str, target: ts.TensorStore, target_scale: ts.TensorStore
 ) -> tuple[list[str], int]:
-    blocks = map(np.asarray, quantize_weight(jnp.asarray(tensors.read(name), jnp.float32)))
+    blocks = map(np.asarray, quantise_layer(tensors.read(name)))
     lines, num_bytes = [], 0
     for key, part, block in zip(
         (name, scale_of(name)), (target, target_scale), blocks, strict=True

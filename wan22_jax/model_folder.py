@@ -29,9 +29,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from wan22_jax.errors import BadInput
-from wan22_jax.model.fp8 import E4M3, quantize_weight
+from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.model.vae import VAEConfig, WanVAE
@@ -161,6 +162,12 @@ def abstract_transformer(config: TransformerConfig, *, float8: bool) -> WanTrans
     return nnx.eval_shape(make)
 
 
+@jax.jit
+def quantise_layer(weight_OI: Float[Array | np.ndarray, "O I"]) -> tuple[Array, Array]:
+    """Returns float8 values and scale of one matrix; whatever its dtype, by float32 arithmetic."""
+    return quantize_weight(jnp.asarray(weight_OI, jnp.float32))
+
+
 def load_vae(folder: Path, *, dtype: DTypeLike | None = None) -> WanVAE:
     """Loads the VAE; see ``load_transformer``."""
     config = read_model_card(folder).vae
@@ -238,27 +245,22 @@ def _quantise_stack(path: Path, *, host: bool) -> tuple[jax.Array | np.ndarray, 
     layers = ts.open(spec, open=True).result()
     shape = layers.shape
     if host:
-        weight, scale = np.empty(shape, E4M3), np.empty(shape[:1], np.float32)
+        weight, scale = np.empty(shape, jnp.float8_e4m3fn), np.empty(shape[:1], np.float32)
         for layer in range(shape[0]):
-            weight[layer], scale[layer] = _quantise(layers[layer].read().result())
+            weight[layer], scale[layer] = quantise_layer(layers[layer].read().result())
         return weight, scale
-    stacks = jnp.zeros(shape, E4M3), jnp.zeros(shape[:1])
+    stacks = jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros(shape[:1])
     for layer in range(shape[0]):
         stacks = _put_layer(stacks, layers[layer].read().result(), layer)
         stacks[0].block_until_ready()  # reading ahead would fill the device
     return stacks
 
 
-@jax.jit
-def _quantise(weight_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return quantize_weight(weight_OI.astype(jnp.float32))
-
-
 @partial(jax.jit, donate_argnums=0)
 def _put_layer(
     stacks: tuple[jax.Array, jax.Array], weight_OI: jax.Array, layer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    weight, scale = _quantise(weight_OI)
+    weight, scale = quantise_layer(weight_OI)
     return stacks[0].at[layer].set(weight), stacks[1].at[layer].set(scale)
 
 
