@@ -103,6 +103,21 @@ def test_the_linears_take_half_the_disk(models):
     assert 0 < 2 * count("float8") == count("bfloat16")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("amax", [448, 3.0, 7.0, 7.01, 0.02])
+def test_rounding_is_numpys_on_any_device(amax, dtype):
+    """The converter runs on a CPU and training on a GPU; ties and their neighbours are here."""
+    codes = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = (codes[1:] + codes[:-1]) / 2
+    beside = [np.nextafter(ties, np.float32(limit)) for limit in (0, 999)]
+    numbers = np.concatenate([codes, ties, *beside, -ties]) * np.float32(amax / 448)
+    weight_OI = np.stack([numbers, numbers[::-1] / 3]).astype(dtype)
+    value, scale = quantise(weight_OI)
+    values, scales = model_folder.quantise_layer(weight_OI)
+    assert np.asarray(values).tobytes() == value.tobytes()
+    assert scales == scale
+
+
 @pytest.mark.parametrize("host", [False, True])
 def test_quantised_while_loading_is_what_the_converter_writes(host, models):
     expected = read_arrays(load_transformer(models[0]["float8"]))
@@ -134,25 +149,26 @@ def test_a_bfloat16_folder_is_quantised_from_its_own_numbers(models, official, t
 @pytest.mark.parametrize("dtype", ["float8", "bfloat16", "float32"])
 def test_host_arrays_are_those_of_the_device_and_leave_it_empty(dtype, models):
     expected = read_arrays(load_transformer(models[0][dtype], dtype=dtype))
-    before = set(map(id, jax.live_arrays()))
+    before = jax.live_arrays()  # kept, so that no new array takes an id of theirs
     found = read_arrays(load_transformer(models[0][dtype], host=True))
     assert {type(array) for array in found.values()} == {np.ndarray}
-    assert set(map(id, jax.live_arrays())) <= before
+    assert set(map(id, jax.live_arrays())) <= set(map(id, before))
     assert_same_arrays(found, expected)
 
 
-def test_one_layer_at_a_time_is_wider_than_float8(models, monkeypatch):
-    before = set(map(id, jax.live_arrays()))
-    put_layer, seen = model_folder._put_layer, []
+def test_single_layers_are_wider_than_float8(models, monkeypatch):
+    before = jax.live_arrays()  # kept, so that no new array takes an id of theirs
+    old = set(map(id, before))
+    quantise_layer, seen = model_folder.quantise_layer, []
 
-    def watch(stacks, weight, layer):
+    def watch(weight):
         seen.append(weight.shape)
-        for array in jax.live_arrays():
-            if id(array) not in before and array.ndim == 3:
-                assert array.dtype == jnp.float8_e4m3fn
-        return put_layer(stacks, weight, layer)
+        new = [array for array in jax.live_arrays() if id(array) not in old]
+        stacked = {array.dtype for array in new if array.shape == (2, *weight.shape)}
+        assert stacked <= {jnp.dtype(jnp.float8_e4m3fn)}
+        return quantise_layer(weight)
 
-    monkeypatch.setattr(model_folder, "_put_layer", watch)
+    monkeypatch.setattr(model_folder, "quantise_layer", watch)
     load_transformer(models[0]["bfloat16"], dtype="float8")
     assert len(seen) == len(TARGETS) * TINY_TRANSFORMER.num_layers
     assert all(len(shape) == 2 for shape in seen)

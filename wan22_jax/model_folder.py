@@ -17,8 +17,8 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ FORMAT = "wan22_jax model"
 VERSION = 1
 FLOAT8 = "float8"  # a dtype of models: bfloat16, but for the weights of the blocks' linears
 _CARD = "model.json"
+_QUANTISERS = 2  # layers that are read and quantised at a time
 _RESTORE_GIB = 8  # host memory for arrays on their way to the device
 
 
@@ -127,8 +128,8 @@ def load_transformer(
     Args:
         folder: a model folder.
         dtype: what to store the parameters in, but for those that stay float32; None keeps what
-            the folder holds. "float8" quantises a folder of another dtype on the way, a layer of
-            one tensor at a time, to the bits that wan22-convert writes from the same numbers.
+            the folder holds. "float8" quantises a folder of another dtype on the way, a layer
+            or two at a time, to the bits that wan22-convert writes from the same numbers.
         host: leave every array on the host, as NumPy's.
 
     Raises:
@@ -235,33 +236,24 @@ def _restore(
             path, ocp.args.PyTreeRestore(target, restore_args=args, partial_restore=True)
         )
     for name in quantise:
-        arrays[name], arrays[scale_of(name)] = _quantise_stack(path / name, host=host)
+        stacks = _quantise_stack(path / name)
+        arrays[name], arrays[scale_of(name)] = stacks if host else jax.device_put(stacks, device)
     set_parameters(module, arrays)
 
 
-def _quantise_stack(path: Path, *, host: bool) -> tuple[jax.Array | np.ndarray, ...]:
-    """Reads a stacked weight as float8 values and scales; one layer at a time is wider."""
+def _quantise_stack(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a stacked weight as float8 values and scales; few of its layers are ever wider."""
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
-    layers = ts.open(spec, open=True).result()
-    shape = layers.shape
-    if host:
-        weight, scale = np.empty(shape, jnp.float8_e4m3fn), np.empty(shape[:1], np.float32)
-        for layer in range(shape[0]):
-            weight[layer], scale[layer] = quantise_layer(layers[layer].read().result())
-        return weight, scale
-    stacks = jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros(shape[:1])
-    for layer in range(shape[0]):
-        stacks = _put_layer(stacks, layers[layer].read().result(), layer)
-        stacks[0].block_until_ready()  # reading ahead would fill the device
-    return stacks
+    stored = ts.open(spec, open=True).result()
+    weight = np.empty(stored.shape, jnp.float8_e4m3fn)
+    scale = np.empty(stored.shape[:1], np.float32)
 
+    def fill(layer: int) -> None:
+        weight[layer], scale[layer] = quantise_layer(stored[layer].read().result())
 
-@partial(jax.jit, donate_argnums=0)
-def _put_layer(
-    stacks: tuple[jax.Array, jax.Array], weight_OI: jax.Array, layer: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    weight, scale = quantise_layer(weight_OI)
-    return stacks[0].at[layer].set(weight), stacks[1].at[layer].set(scale)
+    with ThreadPoolExecutor(_QUANTISERS) as workers:
+        list(workers.map(fill, range(len(weight))))
+    return weight, scale
 
 
 def _check_stored(path: Path, checkpointer: ocp.Checkpointer, expected: Shapes) -> dict[str, Any]:
