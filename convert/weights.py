@@ -3,7 +3,9 @@
 Weights are streamed: one layer of one tensor is read, cast, hashed and written before the next, so
 host memory stays far below the size of a network. ``--dtype`` is that of the transformer (but for
 what always stays float32) and of the text encoder; the VAE stays float32, in which the original
-runs it. Everything is written into ``<out>.partial``, which becomes ``<out>`` once complete.
+runs it. ``float8`` is a bfloat16 model whose transformer has the linears of its blocks in eight
+bits, quantised from the checkpoint's own numbers. Everything is written into ``<out>.partial``,
+which becomes ``<out>`` once complete.
 """
 
 import argparse
@@ -31,10 +33,19 @@ from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, open_checkpoint
 from wan22_jax.errors import BadInput, is_full_disk, run_command
-from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
 from wan22_jax.model.vae import WanVAE
-from wan22_jax.model_folder import NETWORKS, ModelCard, tokenizer_folder, write_model_card
+from wan22_jax.model_folder import (
+    FLOAT8,
+    NETWORKS,
+    ModelCard,
+    abstract_transformer,
+    quantise_layer,
+    tokenizer_folder,
+    unquantised_dtype,
+    write_model_card,
+)
 from wan22_jax.weights import (
     Network,
     OfficialTensors,
@@ -42,8 +53,8 @@ from wan22_jax.weights import (
     is_stacked,
     official_names,
     parameter_shapes,
-    stacked_shapes,
-    stored_dtype,
+    scale_of,
+    stored_leaves,
 )
 
 _WORKERS = 2  # each holds two copies of the tensor it is copying
@@ -58,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ckpt_path", type=Path, required=True, help="official or Diffusers folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float8"), default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --out")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave the GPU to others
@@ -81,7 +92,7 @@ def convert(
     """
     _check_out(out, overwrite=overwrite)
     source = open_checkpoint(checkpoint)
-    plans = _plan(source, jnp.dtype(dtype))
+    plans = _plan(source, dtype)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # of a conversion that was killed
         shutil.rmtree(partial)
@@ -109,13 +120,11 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         raise BadInput(f"{out}: not a converted model, so it is not replaced; choose another --out")
 
 
-def _plan(source: Checkpoint, dtype: jnp.dtype) -> dict[Network, Plan]:
+def _plan(source: Checkpoint, dtype: str) -> dict[Network, Plan]:
     """Compares every tensor with the network that the configs describe."""
     text_dim, channels = source.transformer_config.text_dim, source.transformer_config.in_channels
     modules: dict[Network, nnx.Module] = {
-        "transformer": nnx.eval_shape(
-            lambda: WanTransformer(source.transformer_config, rngs=nnx.Rngs(0))
-        ),
+        "transformer": abstract_transformer(source.transformer_config, float8=False),
         "vae": nnx.eval_shape(lambda: WanVAE(source.vae_config, rngs=nnx.Rngs(0))),
         "text_encoder": nnx.eval_shape(lambda: UMT5(source.text_encoder_config, rngs=nnx.Rngs(0))),
     }
@@ -130,12 +139,12 @@ def _plan(source: Checkpoint, dtype: jnp.dtype) -> dict[Network, Plan]:
                 f"{source.transformer.files.where}: the transformer's {what} {ours} is not the "
                 f"{theirs} of the networks beside it; download Wan2.2-TI2V-5B again"
             )
-    dtypes: dict[Network, Any] = {"transformer": dtype, "vae": jnp.float32, "text_encoder": dtype}
+    if dtype == FLOAT8:
+        modules["transformer"] = abstract_transformer(source.transformer_config, float8=True)
     return {
-        network: {
-            name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtypes[network]))
-            for name, shape in stacked_shapes(module).items()
-        }
+        network: stored_leaves(
+            module, jnp.float32 if network == "vae" else unquantised_dtype(dtype)
+        )
         for network, module in modules.items()
     }
 
@@ -195,23 +204,29 @@ def _write(
 def _write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) -> list[str]:
     """Writes one Orbax checkpoint; returns a line with name, dtype, shape and hash per tensor."""
     _reserve(path, plan)
-    jobs: list[tuple[str, ts.TensorStore]] = []
+    parts: dict[str, ts.TensorStore] = {}  # by official name
     for stacked_name, leaf in plan.items():
         array = _open_array(path / stacked_name)
-        names = official_names(stacked_name, leaf.shape)
-        parts = (
-            [array[layer] for layer in range(len(names))] if is_stacked(stacked_name) else [array]
-        )
-        jobs += zip(names, parts, strict=True)
+        for layer, name in enumerate(official_names(stacked_name, leaf.shape)):
+            parts[name] = array[layer] if is_stacked(stacked_name) else array
+
+    def copy(name: str) -> tuple[list[str], int]:
+        if is_float8(parts[name].dtype.numpy_dtype):
+            return _quantise_tensor(tensors, name, parts[name], parts[scale_of(name)])
+        return _copy_tensor(tensors, name, parts[name])
+
     lines = []
     with ThreadPoolExecutor(_WORKERS) as workers:
-        for line, num_bytes in workers.map(lambda job: _copy_tensor(tensors, *job), jobs):
-            lines.append(line)
+        names = [name for name in parts if name in tensors.stored_names]  # a scale has no source
+        for new_lines, num_bytes in workers.map(copy, names):
+            lines += new_lines
             bar.update(num_bytes)
     return sorted(lines)
 
 
-def _copy_tensor(tensors: OfficialTensors, name: str, target: ts.TensorStore) -> tuple[str, int]:
+def _copy_tensor(
+    tensors: OfficialTensors, name: str, target: ts.TensorStore
+) -> tuple[list[str], int]:
     dtype, shape = target.dtype.numpy_dtype, target.shape
     step = target.chunk_layout.read_chunk_template.shape[0]
     digest = hashlib.sha256()
@@ -222,7 +237,22 @@ def _copy_tensor(tensors: OfficialTensors, name: str, target: ts.TensorStore) ->
         digest.update(block.view(np.uint8).data)
         writing.result()
     line = f"{name} {dtype} {list(shape)} {digest.hexdigest()}"
-    return line, math.prod(shape) * dtype.itemsize
+    return [line], math.prod(shape) * dtype.itemsize
+
+
+def _quantise_tensor(
+    tensors: OfficialTensors, name: str, target: ts.TensorStore, target_scale: ts.TensorStore
+) -> tuple[list[str], int]:
+    blocks = map(np.asarray, quantise_layer(tensors.read(name)))
+    lines, num_bytes = [], 0
+    for key, part, block in zip(
+        (name, scale_of(name)), (target, target_scale), blocks, strict=True
+    ):
+        part.write(block).result()
+        digest = hashlib.sha256(block.tobytes()).hexdigest()
+        lines.append(f"{key} {block.dtype} {list(block.shape)} {digest}")
+        num_bytes += block.nbytes
+    return lines, num_bytes
 
 
 def _reserve(path: Path, plan: Plan) -> None:

@@ -42,7 +42,7 @@ def test_an_override_wins_over_the_file():
         ("model.min_t=1.0", "key model.min_t: "),
         ("blocks_to_swap=3", "blocks_to_swap = 3: streaming blocks from host memory"),
         ("adapter.type='lokr'", "LoKr is not supported by this version yet"),
-        ("model.transformer_dtype='float8'", "float8 is not supported by this version yet"),
+        ("model.transformer_dtype='float8_e5m2'", "e5m2 keeps two bits of a weight's mantissa"),
         ("model=3", "key model: "),
         ("novalue", "expected key.path=value"),
     ],

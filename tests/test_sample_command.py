@@ -17,9 +17,11 @@ from wan22_jax import sample as command
 from wan22_jax.adapter import Adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
 from wan22_jax.data.video_file import write_mp4
+from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.vae import VAEConfig, WanVAE
+from wan22_jax.model_folder import ModelCard
 from wan22_jax.sampling import NEGATIVE_PROMPT
 
 # Made with the original's best_output_size(w, h, 32, 32, 704 * 1280).
@@ -140,11 +142,20 @@ def make_random(network, config):
 def model(monkeypatch, tmp_path, transformer, vae):
     """Puts tiny networks in place of a model folder; returns what they were asked for."""
     asked = types.SimpleNamespace(prompts=[], dtypes=[], digests=[], sampled=[], loaded=[])
+    asked.stored = "bfloat16"
 
     def read_model_card(folder):
         if folder != tmp_path / "model":
             raise BadInput(f"{folder}: not a model folder")
-        return types.SimpleNamespace(vae=VAE, digests={"transformer": "abc"})
+        return ModelCard(
+            dtype=asked.stored,
+            source="",
+            transformer=TRANSFORMER,
+            vae=VAE,
+            text_encoder=TINY_TEXT_ENCODER,
+            digests={"transformer": "abc"},
+            digest="def",
+        )
 
     def encode_text(encoder, _tokenizer, prompts):
         assert encoder == "encoder"
@@ -214,7 +225,7 @@ def test_text_to_video(model, tmp_path, capsys):
     run(*flags, "--seed", "3")
     assert read_frames(tmp_path / "new" / "out.mp4").shape == (5, 32, 64, 3)
     assert model.prompts == ["a red ball", NEGATIVE_PROMPT]
-    assert model.dtypes == [jnp.bfloat16, jnp.bfloat16]
+    assert model.dtypes == ["bfloat16", "bfloat16"]
     assert model.latents.shape == (1, 2, 2, 4, 4)
     assert (model.sampled[0]["solver"], model.sampled[0]["shift"]) == ("unipc", 5.0)
     assert model.sampled[0]["guidance"] == 5.0
@@ -235,7 +246,7 @@ def test_seed_negative_prompt_and_lora_each_change_the_video(model):
         assert all(np.abs(model.latents - latents).max() > 1e-3 for latents in seen)
         seen.append(model.latents)
     assert model.prompts[4:6] == ["a red ball", "blue"]
-    assert model.dtypes[4:6] == [jnp.float32, jnp.float32]
+    assert model.dtypes[4:6] == ["float32", "float32"]
     assert model.digests == [("run", "abc")]
 
 
@@ -276,6 +287,16 @@ def test_refuses_before_it_loads_a_network(model, flags, message):
     with pytest.raises(BadInput, match=message):
         run(*model.flags, *flags)
     assert model.dtypes == []
+
+
+def test_a_float8_model_is_sampled_as_it_is(model):
+    model.stored = "float8"
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "1"]
+    with pytest.raises(BadInput, match="its transformer is float8 and was to be loaded as float32"):
+        run(*flags, "--dtype", "float32")
+    assert model.dtypes == []
+    run(*flags)
+    assert model.dtypes == ["bfloat16", "float8"]
 
 
 def test_refuses_what_is_no_picture(model, tmp_path):

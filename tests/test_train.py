@@ -237,6 +237,28 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
 
 
 @pytest.mark.usefixtures("here")
+def test_float8_weights_train(capsys):
+    card = convert(Path("checkpoint"), Path("float8"), dtype="float8")
+    settings = ["max_steps=2", "model.ckpt_path=float8"]
+    assert run(*settings, "model.transformer_dtype=bfloat16") == 2
+    assert "convert again with --dtype bfloat16" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert run(*settings, "output_dir=ready") == 0
+    assert "frozen weights: float8, from float8 of float8" in capsys.readouterr().out
+    assert run("max_steps=1", "output_dir=plain") == 0
+    settings = ["max_steps=2", "output_dir=plain", "model.transformer_dtype=float8"]
+    assert run(*settings, "--resume_from_checkpoint") == 0
+    said = capsys.readouterr().out
+    assert "frozen weights: float8, from model of bfloat16" in said
+    assert "changed since the checkpoint: config.model.transformer_dtype None -> float8" in said
+    digests = {"ready": card.digests, "plain": read_model_card(Path("model")).digests}
+    for output_dir in ("ready", "plain"):
+        trained, meta = read_trainable(only_run(output_dir))
+        assert meta["base_digest"] == digests[output_dir]["transformer"]
+        assert all(np.isfinite(matrix).all() and matrix.any() for matrix in trained.values())
+
+
+@pytest.mark.usefixtures("here")
 def test_the_seed_changes_what_is_trained():
     trained = {}
     for name in ("seed=0", "seed=1"):

@@ -28,7 +28,13 @@ class Table(BaseModel):
 
 
 class ModelConfig(Table):
-    """The ``[model]`` table: which weights, in which precision, and how noise levels are drawn."""
+    """The ``[model]`` table: which weights, in which precision, and how noise levels are drawn.
+
+    ``transformer_dtype`` is that of the frozen weights, ``dtype`` if it is not set. 'float8' keeps
+    the linears of the blocks in eight bits; a model folder of another dtype is quantised while it
+    loads. A folder that wan22-convert wrote as float8 is used as such, unless
+    ``transformer_dtype``, or ``dtype`` = 'float32', asks for the bits that it has lost: an error.
+    """
 
     type: Literal["wan"] = "wan"
     ckpt_path: str
@@ -142,11 +148,6 @@ class TrainConfig(Table):
         assert isinstance(self.micro_batch_size_per_gpu, int)
         return self.micro_batch_size_per_gpu
 
-    @property
-    def transformer_dtype(self) -> str:
-        """The dtype of the frozen weights."""
-        return self.model.transformer_dtype or self.model.dtype
-
 
 class ClipKeys(Table):
     """What may stand at the top of the dataset file, and differently in one ``[[directory]]``."""
@@ -190,7 +191,7 @@ _MASKS = f"masked loss {_LATER_VERSION}"
 _CAPTIONS = f"caption shuffling {_LATER_VERSION}"
 _EVAL = f"evaluation {_LATER_VERSION}"
 _DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
-_FLOAT8 = f"float8 {_LATER_VERSION}; use 'bfloat16'"
+_E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
 
 # key -> (values that change nothing, why any other value is refused)
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -199,7 +200,7 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
         f"host offload {_LATER_VERSION}; use true",
     ),
     "blocks_to_swap": ((0,), f"streaming blocks from host memory {_LATER_VERSION}; use 0"),
-    "model.transformer_dtype": ((None, "bfloat16", "float32"), _FLOAT8),
+    "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
     "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
     "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
     "model.cache_text_embeddings": ((True,), "text embeddings are always cached; leave it out"),

@@ -3,7 +3,9 @@
 ::
 
     <model>/model.json       ModelCard; written last, so its presence means the folder is complete
-    <model>/transformer/     Orbax checkpoint: {parameter path: array}, layers stacked
+    <model>/transformer/     Orbax checkpoint: {parameter path: array}, layers stacked; in a float8
+                             folder the linears of the blocks are float8_e4m3fn arrays, each
+                             beside its weight_scale [layers], float32 powers of two
     <model>/vae/             the same, always float32
     <model>/text_encoder/    the same
     <model>/tokenizer/       files of the tokenizer, as they came
@@ -14,26 +16,41 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from wan22_jax.errors import BadInput
+from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.model.vae import VAEConfig, WanVAE
-from wan22_jax.weights import Network, Shapes, set_parameters, stacked_shapes, stored_dtype
+from wan22_jax.weights import (
+    Network,
+    Shapes,
+    scale_of,
+    set_parameters,
+    stacked_shapes,
+    stored_dtype,
+)
 
 NETWORKS: tuple[Network, ...] = ("transformer", "vae", "text_encoder")
 FORMAT = "wan22_jax model"
 VERSION = 1
+FLOAT8 = "float8"  # a dtype of models: bfloat16, but for the weights of the blocks' linears
 _CARD = "model.json"
+_QUANTISERS = 2  # layers that are read and quantised at a time
 _RESTORE_GIB = 8  # host memory for arrays on their way to the device
 
 
@@ -77,21 +94,79 @@ def write_model_card(folder: Path, card: ModelCard) -> None:
     (folder / _CARD).write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def load_transformer(folder: Path, *, dtype: DTypeLike | None = None) -> WanTransformer:
+def unquantised_dtype(dtype: str) -> str:
+    """Returns the dtype of what a model of this dtype does not quantise."""
+    return "bfloat16" if dtype == FLOAT8 else dtype
+
+
+def choose_transformer_dtype(
+    folder: Path, card: ModelCard, *, dtype: str, transformer_dtype: str | None = None
+) -> str:
+    """Returns what to load the transformer as.
+
+    Args:
+        folder: of the card, for messages.
+        card: as read from it.
+        dtype: of the whole model; in a bfloat16 one a float8 folder is used as it is.
+        transformer_dtype: of the transformer alone, wins if it is set.
+
+    Raises:
+        BadInput: float8 weights would have to be widened.
+    """
+    if card.dtype == FLOAT8 and dtype == "bfloat16" and transformer_dtype is None:
+        return FLOAT8
+    chosen = transformer_dtype or dtype
+    _refuse_widening(folder, card, chosen)
+    return chosen
+
+
+def load_transformer(
+    folder: Path, *, dtype: DTypeLike | None = None, host: bool = False
+) -> WanTransformer:
     """Loads the transformer straight to the device.
 
     Args:
         folder: a model folder.
         dtype: what to store the parameters in, but for those that stay float32; None keeps what
-            the folder holds.
+            the folder holds. "float8" quantises a folder of another dtype on the way, a layer
+            or two at a time, to the bits that wan22-convert writes from the same numbers.
+        host: leave every array on the host, as NumPy's.
 
     Raises:
-        BadInput: the folder is not a complete model, or its arrays are not those of its card.
+        BadInput: the folder is not a complete model, its arrays are not those of its card, or its
+            weights are float8 and another dtype is wanted.
     """
-    config = read_model_card(folder).transformer
-    module = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    _restore(folder / "transformer", module, dtype)
+    card = read_model_card(folder)
+    if dtype is not None:
+        _refuse_widening(folder, card, dtype)
+    module = abstract_transformer(card.transformer, float8=FLOAT8 in (card.dtype, dtype))
+    path = folder / "transformer"
+    if card.dtype == FLOAT8:
+        _restore(path, module, None, host=host)
+    elif dtype == FLOAT8:
+        weights = [f"{target}.weight" for target, _ in module.lora_targets()]
+        _restore(path, module, unquantised_dtype(FLOAT8), quantise=weights, host=host)
+    else:
+        _restore(path, module, dtype, host=host)
     return module
+
+
+def abstract_transformer(config: TransformerConfig, *, float8: bool) -> WanTransformer:
+    """Makes a transformer that has shapes and dtypes but no arrays."""
+
+    def make() -> WanTransformer:
+        module = WanTransformer(config, rngs=nnx.Rngs(0))
+        if float8:
+            module.to_float8()
+        return module
+
+    return nnx.eval_shape(make)
+
+
+@jax.jit
+def quantise_layer(weight_OI: Float[Array | np.ndarray, "O I"]) -> tuple[Array, Array]:
+    """Returns float8 values and scale of one matrix; whatever its dtype, by float32 arithmetic."""
+    return quantize_weight(jnp.asarray(weight_OI, jnp.float32))
 
 
 def load_vae(folder: Path, *, dtype: DTypeLike | None = None) -> WanVAE:
@@ -115,26 +190,70 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def _restore(path: Path, module: nnx.Module, dtype: DTypeLike | None) -> None:
+def _refuse_widening(folder: Path, card: ModelCard, dtype: DTypeLike) -> None:
+    if card.dtype == FLOAT8 and dtype != FLOAT8:
+        name = jnp.dtype(dtype).name
+        raise BadInput(
+            f"{folder}: its transformer is float8 and was to be loaded as {name}, which its "
+            f"weights have lost; use it as float8, or convert again with --dtype {name}"
+        )
+
+
+def _restore(
+    path: Path,
+    module: nnx.Module,
+    dtype: DTypeLike | None,
+    *,
+    quantise: Sequence[str] = (),
+    host: bool = False,
+) -> None:
+    """Fills a module; ``quantise`` names float8 weights that the folder has in another dtype."""
     path = path.absolute()
+    shapes = stacked_shapes(module)
+    for name in quantise:
+        del shapes[scale_of(name)]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GIB)
     ) as checkpointer:
-        stored = _check_stored(path, checkpointer, stacked_shapes(module))
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = {
             name: jax.ShapeDtypeStruct(
                 leaf.shape,
                 leaf.dtype if dtype is None else stored_dtype(name, dtype),
-                sharding=sharding,
+                sharding=None if host else device,
             )
-            for name, leaf in stored.items()
+            for name, leaf in _check_stored(path, checkpointer, shapes).items()
+            if name not in quantise
         }
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        if host:
+            args = {
+                name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+                for name, leaf in target.items()
+            }
+        else:
+            args = ocp.checkpoint_utils.construct_restore_args(target)
         arrays = checkpointer.restore(
-            path, ocp.args.PyTreeRestore(target, restore_args=restore_args)
+            path, ocp.args.PyTreeRestore(target, restore_args=args, partial_restore=True)
         )
+    for name in quantise:
+        stacks = _quantise_stack(path / name)
+        arrays[name], arrays[scale_of(name)] = stacks if host else jax.device_put(stacks, device)
     set_parameters(module, arrays)
+
+
+def _quantise_stack(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a stacked weight as float8 values and scales; few of its layers are ever wider."""
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+    stored = ts.open(spec, open=True).result()
+    weight = np.empty(stored.shape, jnp.float8_e4m3fn)
+    scale = np.empty(stored.shape[:1], np.float32)
+
+    def fill(layer: int) -> None:
+        weight[layer], scale[layer] = quantise_layer(stored[layer].read().result())
+
+    with ThreadPoolExecutor(_QUANTISERS) as workers:
+        list(workers.map(fill, range(len(weight))))
+    return weight, scale
 
 
 def _check_stored(path: Path, checkpointer: ocp.Checkpointer, expected: Shapes) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from wan22_jax.data.video_file import write_mp4
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model_folder import (
+    choose_transformer_dtype,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -35,7 +36,7 @@ from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+DTYPES = ("bfloat16", "float32")
 
 
 def main() -> int:
@@ -65,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--shift", type=float, default=5.0, help="of the noise levels; 3 suits small videos")
     add("--solver", choices=("unipc", "dpm++"), default="unipc")
     add("--seed", type=int, default=-1, help="-1 draws one")
-    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of transformer and text")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text")
     add("--out", type=Path, default=Path("out.mp4"), help="the mp4 file; replaced if it exists")
     return parser.parse_args(arguments)
 
@@ -78,6 +79,7 @@ def sample(args: argparse.Namespace) -> None:
     """
     _check_flags(args)
     card = read_model_card(args.model)
+    dtype = choose_transformer_dtype(args.model, card, dtype=args.dtype)
     bucket, frame_BTYX3 = _choose_frame(args)
     adapter = None
     if args.lora is not None:
@@ -91,6 +93,7 @@ def sample(args: argparse.Namespace) -> None:
         args,
         text_BSE,
         negative_BSE,
+        dtype=dtype,
         adapter=adapter,
         shape=(1, *bucket.latent_TYX, card.vae.z_dim),
         key=jax.random.key(seed),
@@ -151,7 +154,7 @@ def _choose_frame(args: argparse.Namespace) -> tuple[Bucket, np.ndarray | None]:
 
 def _encode_prompts(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = load_tokenizer(tokenizer_folder(args.model))
-    encoder = _load_alone(load_text_encoder, args.model, dtype=DTYPES[args.dtype])
+    encoder = _load_alone(load_text_encoder, args.model, dtype=args.dtype)
     prompts = [args.prompt, args.negative_prompt or NEGATIVE_PROMPT]
     text_BSE, negative_BSE = (
         pad_text([text_SE]) for text_SE in encode_text(encoder, tokenizer, prompts)
@@ -168,12 +171,13 @@ def _denoise(
     text_BSE: np.ndarray,
     negative_BSE: np.ndarray,
     *,
+    dtype: str,
     adapter: Adapter | None,
     shape: tuple[int, int, int, int, int],
     key: jax.Array,
     first_frame: jax.Array | None,
 ) -> jax.Array:
-    transformer = _load_alone(load_transformer, args.model, dtype=DTYPES[args.dtype])
+    transformer = _load_alone(load_transformer, args.model, dtype=dtype)
     if adapter is not None:
         attach_adapter(transformer, adapter)
     return sample_latents(

@@ -26,7 +26,12 @@ from wan22_jax.dataset import open_caches
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
-from wan22_jax.model_folder import ModelCard, load_transformer, read_model_card
+from wan22_jax.model_folder import (
+    ModelCard,
+    choose_transformer_dtype,
+    load_transformer,
+    read_model_card,
+)
 from wan22_jax.sharding import claim_gpu, describe_peak_memory, make_mesh, replicated
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
@@ -77,7 +82,14 @@ def train(
     claim_gpu()  # before Orbax reads a checkpoint's meta, which may start JAX's backend
     config = load_config(config_file, overrides)
     resume = config.resume_from_checkpoint if resume is None else resume
-    card = read_model_card(Path(config.model.ckpt_path))
+    model_folder = Path(config.model.ckpt_path)
+    card = read_model_card(model_folder)
+    dtype = choose_transformer_dtype(
+        model_folder,
+        card,
+        dtype=config.model.dtype,
+        transformer_dtype=config.model.transformer_dtype,
+    )
     loader = open_loader(config, card)
     total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
     meta = describe_run(config, card, loader)
@@ -85,7 +97,8 @@ def train(
 
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
-    model = load_transformer(Path(config.model.ckpt_path), dtype=config.transformer_dtype)
+    log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
+    model = load_transformer(model_folder, dtype=dtype)
     lora_key, draw_key = jax.random.split(jax.random.key(config.seed))
     model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
     graphdef, trainable, frozen = split_model(model)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from wan22_jax.errors import BadInput
+from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.model.vae import VAEConfig, WanVAE
@@ -61,9 +62,12 @@ def load_umt5(path: Path | str, config: UMT5Config, *, dtype: DTypeLike = jnp.fl
 
 
 def keeps_float32(name: str) -> bool:
-    """Whether the original computes with this transformer parameter in float32, always."""
+    """Whether this transformer parameter is float32 in a model of any dtype.
+
+    The original computes with those parameters in float32; the scale of a float8 weight is one.
+    """
     return name.startswith(("time_embedding.", "time_projection.", "head.")) or name.endswith(
-        ".modulation"
+        (".modulation", ".weight_scale")
     )
 
 
@@ -72,13 +76,22 @@ def stored_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if keeps_float32(name) else dtype)
 
 
+def stored_leaves(module: nnx.Module, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Describes each parameter in a model of this dtype, by its path; what is float8 stays so."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype if is_float8(leaf.dtype) else stored_dtype(name, dtype)
+        )
+        for name, leaf in _flat_parameters(module).items()
+    }
+
+
 # Parameters of a module
 
 
 def stacked_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter by its path; a stack of layers is one entry."""
-    flat_state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in flat_state}
+    return {name: tuple(leaf.shape) for name, leaf in _flat_parameters(module).items()}
 
 
 def parameter_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -103,11 +116,21 @@ def official_names(stacked_name: str, shape: Sequence[int]) -> list[str]:
     return [f"blocks.{layer}.{rest}" for layer in range(shape[0])]
 
 
-def set_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> None:
+def scale_of(weight_name: str) -> str:
+    """Returns the name of the scale of a float8 weight."""
+    return f"{weight_name}_scale"
+
+
+def set_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Puts an array into every parameter of a module, by its path; the names must be the same."""
     flat_state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     values = {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in flat_state}
     nnx.update(module, nnx.from_flat_state(values))
+
+
+def _flat_parameters(module: nnx.Module) -> dict[str, Any]:
+    flat_state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): leaf for path, leaf in flat_state}
 
 
 # Names
