@@ -37,7 +37,7 @@ from wan22_jax.model.linear import (
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, Stack, run_blocks
+from wan22_jax.model.remat import POLICIES, BlockWeights, scan_blocks, unroll_blocks
 from wan22_jax.model.rope import rope_tables
 
 
@@ -97,8 +97,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
-        unrolled: Sequence[FlatState] = (),
-        swapped: nnx.State | None = None,
+        blocks: Sequence[BlockWeights] = (),
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -109,9 +108,8 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            unrolled: frozen weights of blocks apart, which follow those of ``self.blocks``.
-            swapped: frozen weights of the last blocks, the matrices in host memory. Where these
-                two hold a block, ``self.blocks`` lacks it (``training.step.place_frozen``).
+            blocks: frozen weights of each block, by path, to run instead of a loop over those of
+                ``self.blocks``, which are then without (``training.step.place_frozen``).
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -132,14 +130,12 @@ class WanTransformer(nnx.Module):
         def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
             return nnx.merge(graphdef, lora, *map(to_state, frozen))(x, *context)
 
-        x_BLD = run_blocks(
-            run_block,
-            x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
-            trainable,
-            [Stack(frozen, None), [*unrolled], *split_swapped(swapped)],
-            (time_BTMD, text, rope),
-            POLICIES[activation_checkpointing],
-        )
+        x_BLD = x_BLD.astype(jnp.float32) if float32_residual else x_BLD
+        context, remat = (time_BTMD, text, rope), POLICIES[activation_checkpointing]
+        if blocks:
+            x_BLD = unroll_blocks(run_block, x_BLD, trainable, blocks, context, remat)
+        else:
+            x_BLD = scan_blocks(run_block, x_BLD, trainable, frozen, context, remat)
         return self.head(x_BLD, time_BTD, grid_TYX)
 
     def lora_targets(self) -> Iterator[tuple[str, Linear]]:
@@ -352,16 +348,6 @@ def to_state(weights: nnx.State | FlatState | None) -> nnx.State:
     if isinstance(weights, nnx.State):
         return weights
     return nnx.from_flat_state({path: nnx.Param(leaf) for path, leaf in (weights or {}).items()})
-
-
-def split_swapped(swapped: nnx.State | None) -> list[Stack]:
-    """Sorts the swapped blocks' weights into those on the device and those that are fetched."""
-    return [] if swapped is None else [Stack(*nnx.split_state(swapped, is_small, ...))]
-
-
-def is_small(path: tuple, leaf: jax.Array) -> bool:  # noqa: ARG001
-    """Whether a stacked weight is not worth a copy from host memory: any but a matrix a block."""
-    return leaf.ndim != 3
 
 
 def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES
-from wan22_jax.model.transformer import FlatState, WanTransformer, is_small
+from wan22_jax.model.remat import BlockWeights
+from wan22_jax.model.transformer import WanTransformer
 
 
 class TrainState(NamedTuple):
@@ -43,8 +43,7 @@ class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
     on_device: nnx.State
-    unrolled: tuple[FlatState, ...] = ()
-    swapped: nnx.State | None = None
+    blocks: tuple[BlockWeights, ...] = ()  # each apart; if there are none, a stack in on_device
 
 
 Metrics = dict[str, jax.Array]
@@ -57,46 +56,33 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return graphdef, trainable, frozen
 
 
-def place_frozen(
-    frozen: nnx.State,
-    *,
-    activation_checkpointing: bool | str,
-    blocks_to_swap: int,
-    sharding: Sharding,
-) -> Frozen:
-    """Puts the frozen weights where and how the step reads them.
+def place_frozen(frozen: nnx.State, *, blocks_to_swap: int, sharding: Sharding) -> Frozen:
+    """Puts the frozen weights where the step reads them, each block's apart.
 
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
-        activation_checkpointing: a key of ``remat.POLICIES``. If activations wait on the host, the
-            blocks stay a stack, else each block becomes arrays of its own.
-        blocks_to_swap: so many last blocks keep their matrices in pinned host memory; more than
-            there are means all.
+        blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
+            their weights is small; more than there are means all.
         sharding: of what stays on the device.
     """
-    blocks, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
-    num_blocks = jax.tree.leaves(blocks)[0].shape[0]
-    num_resident = max(0, num_blocks - blocks_to_swap)
-    num_stacked = num_resident if POLICIES[activation_checkpointing].on_host else 0
+    stacked, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
+    by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(stacked["blocks"])}
+    num_blocks = len(next(iter(by_path.values())))
     host = sharding.with_memory_kind("pinned_host")
 
-    def swap(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
-        target = sharding if is_small(path, leaf) else host
-        return leaf.replace(jax.device_put(leaf[...][num_resident:], target))
+    def place(index: int) -> BlockWeights:
+        rows = {path: array[index] for path, array in by_path.items()}
+        swaps = index >= num_blocks - blocks_to_swap
+        swapped = {path for path, row in rows.items() if swaps and row.ndim == 2}
+        return BlockWeights(
+            {path: jax.device_put(rows[path], sharding) for path in rows.keys() - swapped},
+            {path: jax.device_put(rows[path], host) for path in swapped},
+        )
 
-    def put(array: jax.Array | np.ndarray) -> jax.Array:
-        return jax.device_put(array, sharding)
-
-    by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(blocks["blocks"])}
+    empty = jax.tree.map(lambda leaf: leaf[:0], stacked)
     return Frozen(
-        on_device=nnx.merge_state(
-            jax.tree.map(put, rest), jax.tree.map(lambda leaf: put(leaf[:num_stacked]), blocks)
-        ),
-        unrolled=tuple(
-            {path: put(leaf[index]) for path, leaf in by_path.items()}
-            for index in range(num_stacked, num_resident)
-        ),
-        swapped=nnx.map_state(swap, blocks["blocks"]) if num_resident < num_blocks else None,
+        jax.device_put(nnx.merge_state(rest, empty), sharding),
+        tuple(place(index) for index in range(num_blocks)),
     )
 
 
@@ -149,8 +135,7 @@ def loss_fn(
         draws.sigma_T,
         text_BSE,
         activation_checkpointing=activation_checkpointing,
-        unrolled=frozen.unrolled,
-        swapped=frozen.swapped,
+        blocks=frozen.blocks,
     )
     return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
 
