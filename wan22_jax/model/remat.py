@@ -158,6 +158,8 @@ def _run_from_host(
             x_out, _, kept = pull_of(x, layer, frozen, context)
             saved.append(_to_host([x, *kept]) if remat.on_host else [x, *kept])
             x = x_out
+            if index > 0:  # the copies of a block end with the next one, lest they pile up
+                x, saved[-2] = jax.lax.optimization_barrier((x, saved[-2]))
         return x, (saved, layers, blocks, context)
 
     def run_backward(residuals: tuple, dx: jax.Array) -> tuple:
