@@ -176,7 +176,11 @@ def _run_from_host(
             weights, values = fetched
             dx, fetched = _fetch_beside(dx, waiting, index - 1)
             x, *kept = values if remat.on_host else here[index]
-            _, pull, _ = pull_of(x, layers[index], (blocks[index].on_device, weights), context)
+            # Lest what the forward pass made of the weights is kept for here.
+            dx, layer, here_too = jax.lax.optimization_barrier(
+                (dx, layers[index], blocks[index].on_device)
+            )
+            _, pull, _ = pull_of(x, layer, (here_too, weights), context)
             dx, dlayer = pull(kept, dx)
             dlayers.append(dlayer)
         return dx, dlayers[::-1], None, None
