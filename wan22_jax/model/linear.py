@@ -52,6 +52,11 @@ class Linear(nnx.Module):
         self.weight, self.weight_scale = nnx.Param(weight), nnx.Param(scale)
 
     @property
+    def adapter_shape(self) -> tuple[int, float] | None:
+        """Rank and scale of the adapter, None without one."""
+        return None if self.lora_A is None else (self.lora_A.shape[-2], self.lora_scale)
+
+    @property
     def is_float8(self) -> bool:
         """Whether the input is wanted in float8 too."""
         return self.weight_scale is not None
@@ -64,7 +69,9 @@ class Linear(nnx.Module):
 
 
 def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
-    """Runs one linear, or several of one width on the same rows as one matmul."""
+    """Runs one linear, or several of one width on the same rows: as one matmul if they are alike."""
+    if len({each.adapter_shape for each in linears}) > 1:
+        return tuple(out for each in linears for out in project(x, each))
     weights = join_weights(*linears)
     return linear(x, weights, groups=len(linears), lora_scale=linears[0].lora_scale)
 

@@ -1,8 +1,8 @@
 """Running the stack of blocks: what the backward pass keeps, and what waits in host memory.
 
 A block's activations are kept, computed again, or kept in pinned host memory; its frozen weights
-live on the device or in pinned host memory. What waits on the host is fetched one block ahead,
-so that copies run beside the matmuls of the block before. Values never depend on any of this.
+live on the device or in pinned host memory, from which both passes fetch them when it is their
+turn. Values never depend on any of this.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.ad_checkpoint import Offloadable, Recompute, checkpoint_name
 
 Tree = Any  # of arrays
 # block(x, trainable weights, frozen weights in one or two trees, context) -> x of the same shape
@@ -18,6 +18,7 @@ Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
 _MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
+_INPUT = "block_input"
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -71,8 +72,7 @@ def run_blocks(
         parts: frozen weights; the parts' blocks follow each other. A list of single blocks
             becomes straight code: it compiles longer than the loop over a stack and runs
             faster, since nothing is copied into and out of stacks.
-        context: what all blocks read alike. If anything of a stack waits on the host (weights,
-            or activations by ``remat``), it and the frozen weights get no gradient.
+        context: what all blocks read alike.
         remat: what the backward pass keeps; only what runs as a stack can keep it on the host.
     """
     start = 0
@@ -82,8 +82,6 @@ def run_blocks(
         start += count
         if isinstance(part, list):
             x = _run_unrolled(block, remat, x, layers, part, context)
-        elif remat.on_host or jax.tree.leaves(part.on_host):
-            x = _run_from_host(block, remat, x, layers, part, context)
         else:
             x = _run_scanned(block, remat, x, layers, part, context)
     return x
@@ -101,7 +99,7 @@ def _run_unrolled(
         return block(x, layer, (frozen,), context)
 
     if remat.keep is not None:
-        run = jax.checkpoint(run, policy=_keeps(remat.keep))
+        run = jax.checkpoint(run, policy=_keeps(remat.keep, on_host=False))
     leaves, structure = jax.tree.flatten(trainable)
     # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
     split = [jax.lax.split(leaf, (1,) * len(blocks)) for leaf in leaves]
@@ -114,120 +112,36 @@ def _run_unrolled(
 def _run_scanned(
     block: Block, remat: Remat, x: jax.Array, trainable: Tree, stack: Stack, context: Tree
 ) -> jax.Array:
-    def body(x: jax.Array, layer: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-        return block(x, layer[0], (layer[1],), context), None
+    def body(x: jax.Array, layer: tuple[Tree, Stack]) -> tuple[jax.Array, None]:
+        trainable, (on_device, on_host) = layer
+        fetched = jax.device_put(on_host, jax.memory.Space.Device)
+        x = checkpoint_name(x, _INPUT)
+        return block(x, trainable, (on_device, fetched), context), None
 
     if remat.keep is not None:
-        body = jax.checkpoint(body, policy=_keeps(remat.keep), prevent_cse=False)
-    return jax.lax.scan(body, x, (trainable, stack.on_device))[0]
+        policy = _keeps(remat.keep, on_host=remat.on_host)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    elif jax.tree.leaves(stack.on_host):  # everything is kept but the fetched weights
+        body = jax.checkpoint(body, policy=_is_not_fetched, prevent_cse=False)
+    return jax.lax.scan(body, x, (trainable, stack))[0]
 
 
-def _run_from_host(
-    block: Block,
-    remat: Remat,
-    x: jax.Array,
-    trainable: Tree,
-    stack: Stack,
-    context: Tree,
-) -> jax.Array:
-    """Two scans, forward and backward, each of which carries what it fetched one block ahead."""
-    last = stack.num_blocks - 1
-
-    def pull_of(
-        x: jax.Array, layer: Tree, fetched: Tree, on_device: Tree, context: Tree
-    ) -> tuple[jax.Array, Callable, list[jax.Array]]:
-        """One block, its gradient function, and the values that this has kept."""
-        frozen = (on_device, fetched)
-
-        def function(x: jax.Array, layer: Tree) -> jax.Array:
-            return block(x, layer, frozen, context)
-
-        if remat.keep is not None:
-            function = jax.checkpoint(function, policy=_keeps(remat.keep), prevent_cse=False)
-        x_out, pull = jax.vjp(function, x, layer)
-        leaves, structure = jax.tree.flatten(pull)
-        inputs = {id(leaf) for leaf in jax.tree.leaves((x, layer, frozen, context))}
-        kept = {
-            id(leaf): leaf
-            for leaf in leaves
-            if isinstance(leaf, jax.core.Tracer) and id(leaf) not in inputs
-        }
-
-        def pull_with(values: list[jax.Array], dx: jax.Array) -> tuple[jax.Array, Tree]:
-            by_id = dict(zip(kept, values, strict=True))
-            return jax.tree.unflatten(structure, [by_id.get(id(leaf), leaf) for leaf in leaves])(dx)
-
-        return x_out, pull_with, list(kept.values())
-
-    def forward(
-        x: jax.Array, trainable: Tree, stack: Stack, context: Tree, *, saves: bool
-    ) -> tuple[jax.Array, Tree]:
-        def body(carry: tuple, layer: tuple) -> tuple[tuple, Tree]:
-            x, fetched = carry
-            index, layer, on_device = layer
-            ahead = _fetch(stack.on_host, jnp.minimum(index + 1, last))
-            if not saves:
-                return (block(x, layer, (on_device, fetched), context), ahead), None
-            x_out, _, kept = pull_of(x, layer, fetched, on_device, context)
-            saved = [x, *kept]
-            return (x_out, ahead), _to_host(saved) if remat.on_host else saved
-
-        first = _fetch(stack.on_host, 0)
-        layers = (jnp.arange(last + 1), trainable, stack.on_device)
-        (x, _), saved = jax.lax.scan(body, (x, first), layers)
-        return x, saved
-
-    @jax.custom_vjp
-    def run(x: jax.Array, trainable: Tree, stack: Stack, context: Tree) -> jax.Array:
-        return forward(x, trainable, stack, context, saves=False)[0]
-
-    def run_forward(*args: Any) -> tuple[jax.Array, Tree]:
-        x, saved = forward(*args, saves=True)
-        return x, (saved, *args[1:])
-
-    def run_backward(residuals: Tree, dx: jax.Array) -> tuple:
-        saved, trainable, stack, context = residuals
-        waiting = (stack.on_host, saved if remat.on_host else None)
-
-        def body(carry: tuple, layer: tuple) -> tuple[tuple, Tree]:
-            dx, (fetched, values) = carry
-            index, layer, on_device, values_here = layer
-            ahead = _fetch(waiting, jnp.maximum(index - 1, 0))
-            x, *kept = values if remat.on_host else values_here
-            _, pull, _ = pull_of(x, layer, fetched, on_device, context)
-            dx, dlayer = pull(kept, dx)
-            return (dx, ahead), dlayer
-
-        first = _fetch(waiting, last)
-        here = None if remat.on_host else saved
-        layers = (jnp.arange(last + 1), trainable, stack.on_device, here)
-        (dx, _), dtrainable = jax.lax.scan(body, (dx, first), layers, reverse=True)
-        return dx, dtrainable, None, None
-
-    run.defvjp(run_forward, run_backward)
-    return run(x, trainable, stack, context)
-
-
-def _keeps(names: tuple[str, ...]) -> Callable[..., Any]:
-    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+def _keeps(names: tuple[str, ...], *, on_host: bool) -> Callable[..., Any]:
+    """Makes a policy for ``jax.checkpoint``; on the device it keeps a block's input in any case."""
+    names = (*names, _INPUT) if on_host else names
 
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
         if primitive.name == _FUSED_ATTENTION:
             queries, keys, *_ = args
-            to_itself = queries.shape == keys.shape
-            return ("attention" if to_itself else "cross_attention") in names
-        return by_name(primitive, *args, **params)
+            kept = ("attention" if queries.shape == keys.shape else "cross_attention") in names
+        else:
+            kept = primitive.name == "name" and params["name"] in names
+        if not on_host:
+            return kept
+        return Offloadable(src="device", dst="pinned_host") if kept else Recompute
 
     return policy
 
 
-def _fetch(tree: Tree, index: jax.Array | int) -> Tree:
-    def fetch(leaf: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-        return jax.device_put(row, jax.memory.Space.Device)
-
-    return jax.tree.map(fetch, tree)
-
-
-def _to_host(tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host), tree)
+def _is_not_fetched(primitive: Any, *args: Any, **params: Any) -> bool:  # noqa: ARG001
+    return primitive.name != "device_put"

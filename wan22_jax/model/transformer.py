@@ -134,7 +134,7 @@ class WanTransformer(nnx.Module):
             run_block,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
             trainable,
-            parts or [Stack(frozen, None)],
+            parts or [Stack(frozen, {})],
             (time_BTMD, text, rope),
             POLICIES[activation_checkpointing],
         )
