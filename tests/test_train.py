@@ -4,12 +4,15 @@ import dataclasses
 import re
 import shutil
 import struct
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
@@ -216,11 +219,12 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
 
     for name in ("make_loader", "load_transformer", "split_model", "make_optimizer"):
         record(name)
+    record("place_frozen")
     record("compile_train_step", stop=True)
     settings = ["seed=7", "i2v_fraction=0.75", "activation_checkpointing=true", "warmup_steps=9"]
     settings += ["gradient_accumulation_steps=3", "gradient_clipping=0.5", "adapter.alpha=6"]
     settings += ["optimizer.lr=3e-3", "optimizer.betas=[0.5, 0.6]", "optimizer.weight_decay=0.25"]
-    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32"]
+    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32", "blocks_to_swap=1"]
     with pytest.raises(Reached):
         train.train(Path("lora.toml"), settings)
     loader = calls["make_loader"]
@@ -233,7 +237,8 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
     assert optimizer["weight_decay"] == 0.25
     step = calls["compile_train_step"]
-    assert (step["i2v_fraction"], step["remat"]) == (0.75, True)
+    assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
+    assert calls["place_frozen"]["blocks_to_swap"] == 1
 
 
 @pytest.mark.usefixtures("here")
@@ -256,6 +261,90 @@ def test_float8_weights_train(capsys):
         trained, meta = read_trainable(only_run(output_dir))
         assert meta["base_digest"] == digests[output_dir]["transformer"]
         assert all(np.isfinite(matrix).all() and matrix.any() for matrix in trained.values())
+
+
+# Updates in proportion to the gradients, not to their signs, so that rounding stays rounding.
+LINEAR_ADAM = ("max_steps=2", "optimizer.eps=10", "optimizer.lr=10", "optimizer.weight_decay=0")
+
+
+@pytest.fixture(scope="module")
+def keeps_all(prepared, tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
+    """What two steps train, by dtype, with every activation and weight on the device."""
+    folder = tmp_path_factory.mktemp("keeps_all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        trained = {}
+        for dtype in ("float32", "float8"):
+            output_dir = str(folder / dtype)
+            assert (
+                run(*LINEAR_ADAM, f"model.transformer_dtype={dtype}", f"output_dir={output_dir}")
+                == 0
+            )
+            trained[dtype], _ = read_trainable(only_run(output_dir))
+    return trained
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("dtype", "policy", "blocks_to_swap"),
+    [
+        ("float32", "keep_attention", 0),
+        ("float32", "unsloth", 0),
+        ("float32", "offload_attention", 1),
+        ("float32", "false", 1),
+        ("float8", "offload_attention", 0),
+        ("float8", "true", 99),
+    ],
+)
+def test_what_saves_memory_trains_the_same(
+    dtype, policy, blocks_to_swap, keeps_all, monkeypatch, capsys
+):
+    seen = {}
+
+    def spy(name: str) -> None:
+        real = getattr(train, name)
+
+        def spied(*args, **options):
+            result = real(*args, **options)
+            leaves = jax.tree.leaves(nnx.state(result, nnx.Param) if name[0] == "l" else result)
+            seen[name] = Counter(
+                getattr(getattr(x, "sharding", x), "memory_kind", None) for x in leaves
+            )
+            return result
+
+        monkeypatch.setattr(train, name, spied)
+
+    spy("load_transformer")
+    spy("place_frozen")
+    settings = (f"model.transformer_dtype={dtype}", f"activation_checkpointing={policy}")
+    assert run(*LINEAR_ADAM, *settings, f"blocks_to_swap={blocks_to_swap}") == 0
+    swapped = min(blocks_to_swap, 2)
+    kept = {"false": "kept", "true": "recomputed"}.get(policy, policy)
+    said = f"memory: {dtype} weights, {swapped} of 2 blocks in host memory, activations: {kept}"
+    assert said in capsys.readouterr().out
+    assert set(seen["load_transformer"]) == {None}  # NumPy's: nothing is on the device at once
+    assert seen["place_frozen"]["pinned_host"] == swapped * 10  # the linears of a block
+    trained, _ = read_trainable(only_run())
+    for name, matrix in trained.items():
+        expected = keeps_all[dtype][name]
+        np.testing.assert_allclose(matrix, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+        assert np.any(matrix)
+
+
+@pytest.mark.usefixtures("here")
+def test_running_out_of_memory_names_the_next_setting(monkeypatch, capsys):
+    def fail(*_args, **_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_train_step", lambda *_, **__: fail)
+        assert run() == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "at 32x32x5 (2 tokens a clip); set activation_checkpointing = true" in error
+    monkeypatch.setattr(train, "place_frozen", fail)
+    assert run("model.transformer_dtype=float8") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "out of GPU memory loading the model; set blocks_to_swap = 2" in error
 
 
 @pytest.mark.usefixtures("here")
@@ -338,11 +427,11 @@ def test_curves_are_on_disk_while_the_run_goes(tmp_path, monkeypatch):
 def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
     assert run("max_steps=1") == 0
     calls = []
-    for name in ("claim_gpu", "read_meta"):
+    for name in ("claim_gpu", "keep_compiled", "read_meta"):
         real = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
     assert run("--resume_from_checkpoint", "max_steps=1") == 0
-    assert calls == ["claim_gpu", "read_meta"]
+    assert calls == ["claim_gpu", "keep_compiled", "read_meta"]
 
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
