@@ -16,7 +16,7 @@ Tree = Any  # of arrays
 Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
-_MATMULS = ("low_rank", "qkv", "o", "cross_q", "cross_o", "ffn_in")
+_MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -116,17 +116,15 @@ def _run_from_host(
 ) -> jax.Array:
     """Forward and backward in our own order, each of which fetches one block ahead."""
 
+    run_block = block  # one function for all blocks, so that it is traced once
+    if remat.keep is not None:
+        run_block = jax.checkpoint(block, policy=_keeps(remat.keep), prevent_cse=False)
+
     def pull_of(
         x: jax.Array, layer: Tree, frozen: tuple[Tree, Tree], context: Tree
     ) -> tuple[jax.Array, Callable, list[jax.Array]]:
         """One block, its gradient function, and the values that this has kept."""
-
-        def function(x: jax.Array, layer: Tree) -> jax.Array:
-            return block(x, layer, frozen, context)
-
-        if remat.keep is not None:
-            function = jax.checkpoint(function, policy=_keeps(remat.keep), prevent_cse=False)
-        x_out, pull = jax.vjp(function, x, layer)
+        x_out, pull = jax.vjp(lambda x, layer: run_block(x, layer, frozen, context), x, layer)
         leaves, structure = jax.tree.flatten(pull)
         inputs = {id(leaf) for leaf in jax.tree.leaves((x, layer, frozen, context))}
         kept = {
@@ -160,6 +158,8 @@ def _run_from_host(
             x_out, _, kept = pull_of(x, layer, frozen, context)
             saved.append(_to_host([x, *kept]) if remat.on_host else [x, *kept])
             x = x_out
+            if index > 0:  # the copies of a block end with the next one, lest they pile up
+                x, saved[-2] = jax.lax.optimization_barrier((x, saved[-2]))
         return x, (saved, layers, blocks, context)
 
     def run_backward(residuals: tuple, dx: jax.Array) -> tuple:
@@ -176,7 +176,11 @@ def _run_from_host(
             weights, values = fetched
             dx, fetched = _fetch_beside(dx, waiting, index - 1)
             x, *kept = values if remat.on_host else here[index]
-            _, pull, _ = pull_of(x, layers[index], (blocks[index].on_device, weights), context)
+            # Lest what the forward pass made of the weights is kept for here.
+            dx, layer, here_too = jax.lax.optimization_barrier(
+                (dx, layers[index], blocks[index].on_device)
+            )
+            _, pull, _ = pull_of(x, layer, (here_too, weights), context)
             dx, dlayer = pull(kept, dx)
             dlayers.append(dlayer)
         return dx, dlayers[::-1], None, None
@@ -189,7 +193,8 @@ def _fetch_beside(x: jax.Array, waiting: list[Tree], index: int) -> tuple[jax.Ar
     """Starts to fetch what a block waits for, at the time when x is there."""
     if not 0 <= index < len(waiting):
         return x, None
-    return x, _fetch(waiting[index])
+    x, tree = jax.lax.optimization_barrier((x, waiting[index]))
+    return x, _fetch(tree)
 
 
 def _keeps(names: tuple[str, ...]) -> Callable[..., Any]:

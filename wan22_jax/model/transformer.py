@@ -265,6 +265,7 @@ class Attention(nnx.Module):
         q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
         q_ND = norm_rope(q_ND, self.norm_q.weight[...], rope, eps=self.eps)
         k_ND = norm_rope(k_ND, self.norm_k.weight[...], rope, eps=self.eps)
+        q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
         return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "attention"), "o")
 
     def attend_to_text(self, x: Activation, text: Activation, *, batch: int) -> jax.Array:
