@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from wan22_jax import encode, sample
+from wan22_jax.errors import BadInput
+
 SCRIPT = """
 import logging
 import sys
@@ -69,3 +72,15 @@ def test_a_folder_that_cannot_be_made_is_told_and_passed_over(tmp_path):
     assert "compiled programs are not kept" in said
     assert str(tmp_path / "file" / "wan22_jax") in said
     assert said.endswith("miss\n")
+
+
+def test_the_commands_keep_what_they_compile(monkeypatch, tmp_path):
+    calls = []
+    for command in (encode, sample):
+        monkeypatch.setattr(command, "keep_compiled", lambda name=command: calls.append(name))
+    monkeypatch.setattr(sample, "sample", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["wan22-sample", "--model", "model", "--prompt", "a cat"])
+    assert sample.main() == 0
+    with pytest.raises(BadInput, match="no such config file"):
+        encode.encode_dataset(tmp_path / "none.toml", tmp_path)
+    assert calls == [sample, encode]
