@@ -29,7 +29,7 @@ from wan22_jax.data.cache import (
     name_encoders,
     open_writer,
 )
-from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, write_checkpoint
+from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
@@ -300,34 +300,32 @@ def plain(prepared) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("dtype", "policy", "blocks_to_swap"),
+    ("dtype", "policy", "blocks_to_swap", "tolerance"),
     [
-        ("float32", "unsloth", 0),
-        ("float32", "offload_attention", 1),
-        ("float8", "offload_attention", 99),
+        ("float32", "unsloth", 0, 1e-3),
+        ("float32", "offload_attention", 1, 1e-3),
+        ("float8", "offload_attention", 99, 0.3),
     ],
 )
 def test_what_saves_memory_trains_the_same(
-    dtype, policy, blocks_to_swap, plain, monkeypatch, capsys
+    dtype, policy, blocks_to_swap, tolerance, plain, monkeypatch, capsys
 ):
-    memory_kinds = {}
+    sizes = {name: Counter() for name in ("load_transformer", "place_frozen")}
 
     def watch(name: str) -> None:
         real = getattr(train, name)
 
         def watched(*args, **options):
             result = real(*args, **options)
-            leaves = jax.tree.leaves(result if name == "place_frozen" else nnx.state(result))
-            memory_kinds[name] = Counter(
-                leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "numpy"
-                for leaf in leaves
-            )
+            for leaf in jax.tree.leaves(result if name == "place_frozen" else nnx.state(result)):
+                is_numpy = isinstance(leaf, np.ndarray)
+                sizes[name]["numpy" if is_numpy else leaf.sharding.memory_kind] += leaf.size
             return result
 
         monkeypatch.setattr(train, name, watched)
 
-    watch("load_transformer")
-    watch("place_frozen")
+    for name in sizes:
+        watch(name)
     trained = train_two_steps(
         f"model.transformer_dtype={dtype}",
         f"activation_checkpointing={policy}",
@@ -336,12 +334,14 @@ def test_what_saves_memory_trains_the_same(
     on_host = min(blocks_to_swap, 2)
     said = f"memory: {dtype} weights, {on_host} of 2 blocks in host memory, activations: {policy}"
     assert said in capsys.readouterr().out
-    assert set(memory_kinds["load_transformer"]) == {"numpy"}
-    assert memory_kinds["place_frozen"]["pinned_host"] == 10 * on_host  # the linears of a block
+    assert set(sizes["load_transformer"]) == {"numpy"}
+    linears = 8 * TINY_TRANSFORMER.dim**2 + 2 * TINY_TRANSFORMER.dim * TINY_TRANSFORMER.ffn_dim
+    assert sizes["place_frozen"]["pinned_host"] == linears * on_host
     for name, expected in plain[dtype].items():
-        largest = np.abs(expected).max()
-        assert largest > 1e-5
-        np.testing.assert_allclose(trained[name], expected, rtol=0, atol=1e-3 * largest)
+        # In 16 bits the same step, put differently, rounds differently: less than float8 does.
+        scale = expected if dtype == "float32" else expected - plain["float32"][name]
+        error = np.linalg.norm(trained[name] - expected) / np.linalg.norm(scale)
+        assert error < tolerance, name
 
 
 @pytest.mark.usefixtures("here")

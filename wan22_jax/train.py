@@ -130,7 +130,12 @@ def train(
         graphdef, trainable, frozen = split_model(model)
         state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
         frozen = jax.block_until_ready(
-            place_frozen(frozen, blocks_to_swap=config.blocks_to_swap, sharding=sharding)
+            place_frozen(
+                frozen,
+                activation_checkpointing=config.activation_checkpointing,
+                blocks_to_swap=config.blocks_to_swap,
+                sharding=sharding,
+            )
         )
     del model, trainable  # the state owns these arrays now, and the step donates them
     train_step = compile_train_step(
