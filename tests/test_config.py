@@ -1,25 +1,54 @@
 """What does the schema take, and what does it refuse?"""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from wan22_jax.config import dump_config, load_config, load_dataset
 from wan22_jax.errors import BadInput
+from wan22_jax.model.remat import POLICIES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG, DATASET = CONFIGS / "wan2.2_5b_lora.toml", CONFIGS / "dataset_video.toml"
 
 
-@pytest.mark.parametrize("path", [CONFIG, CONFIGS / "tiny" / "lora.toml"])
+DATASETS = sorted(CONFIGS.rglob("dataset*.toml"))
+SMALL_GPUS = {"24gb": ("offload_attention", 0), "12gb": ("offload_attention", 30)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*CONFIGS.rglob("*.toml")} - {*DATASETS}), ids=lambda path: path.name
+)
 def test_the_configs_of_the_repository_load_and_are_written_back(path, tmp_path):
     config = load_config(path)
     (tmp_path / "again.toml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.toml") == config
 
 
-def test_the_dataset_file_of_the_repository_loads():
-    assert load_dataset(DATASET).directory
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.name)
+def test_the_dataset_files_of_the_repository_load(path):
+    assert load_dataset(path).directory
+
+
+@pytest.mark.parametrize("size", SMALL_GPUS)
+def test_the_configs_for_small_gpus_differ_in_memory_alone(size):
+    small = load_config(CONFIGS / f"wan2.2_5b_lora_{size}.toml")
+    assert small.model.transformer_dtype == "float8"
+    assert (small.activation_checkpointing, small.blocks_to_swap) == SMALL_GPUS[size]
+    assert [1280, 704, 121] in (load_dataset(CONFIGS.parent / small.dataset).size_buckets or [])
+    plain = load_config(CONFIG).model_dump()
+    changed = {name for name, value in small.model_dump().items() if value != plain[name]}
+    memory = {"activation_checkpointing", "blocks_to_swap", "model"}
+    assert changed - memory == {"output_dir", "dataset"}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_policy_is_accepted_and_written_back(policy, tmp_path):
+    config = load_config(CONFIG, [f"activation_checkpointing={json.dumps(policy)}"])
+    assert config.activation_checkpointing is policy or config.activation_checkpointing == policy
+    (tmp_path / "again.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.toml") == config
 
 
 def test_an_override_wins_over_the_file():
@@ -40,7 +69,10 @@ def test_an_override_wins_over_the_file():
         ("optimizer.betas=[0.9]", "key optimizer.betas: "),
         ("optimizer.type='prodigy'", "use 'adamw'"),
         ("model.min_t=1.0", "key model.min_t: "),
-        ("blocks_to_swap=3", "blocks_to_swap = 3: streaming blocks from host memory"),
+        ("blocks_to_swap=-1", "key blocks_to_swap: Input should be greater than or equal to 0"),
+        ("activation_checkpointing=keep_atention", "unknown, did you mean 'keep_attention'? (kno"),
+        ("activation_checkpointing=True", "'True' is unknown, did you mean true? (known: false, "),
+        ("activation_checkpointing=cpu", "'cpu' is unknown (known: false, true, 'unsloth', "),
         ("adapter.type='lokr'", "LoKr is not supported by this version yet"),
         ("model.transformer_dtype='float8_e5m2'", "e5m2 keeps two bits of a weight's mantissa"),
         ("model=3", "key model: "),

@@ -4,12 +4,17 @@ import dataclasses
 import re
 import shutil
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
@@ -24,7 +29,7 @@ from wan22_jax.data.cache import (
     name_encoders,
     open_writer,
 )
-from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, write_checkpoint
+from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
@@ -45,6 +50,15 @@ rank = 2
 lr = 1e-2
 """
 DATASET = f"size_buckets = [{list(BUCKET)}]\n[[directory]]\npath = 'clips'\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory) -> Iterator[None]:
+    """A program that several tests run is compiled once; compiling is most of their time."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +230,12 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
 
     for name in ("make_loader", "load_transformer", "split_model", "make_optimizer"):
         record(name)
+    record("place_frozen")
     record("compile_train_step", stop=True)
     settings = ["seed=7", "i2v_fraction=0.75", "activation_checkpointing=true", "warmup_steps=9"]
     settings += ["gradient_accumulation_steps=3", "gradient_clipping=0.5", "adapter.alpha=6"]
     settings += ["optimizer.lr=3e-3", "optimizer.betas=[0.5, 0.6]", "optimizer.weight_decay=0.25"]
-    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32"]
+    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32", "blocks_to_swap=1"]
     with pytest.raises(Reached):
         train.train(Path("lora.toml"), settings)
     loader = calls["make_loader"]
@@ -233,7 +248,8 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
     assert optimizer["weight_decay"] == 0.25
     step = calls["compile_train_step"]
-    assert (step["i2v_fraction"], step["remat"]) == (0.75, True)
+    assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
+    assert calls["place_frozen"]["blocks_to_swap"] == 1
 
 
 @pytest.mark.usefixtures("here")
@@ -256,6 +272,92 @@ def test_float8_weights_train(capsys):
         trained, meta = read_trainable(only_run(output_dir))
         assert meta["base_digest"] == digests[output_dir]["transformer"]
         assert all(np.isfinite(matrix).all() and matrix.any() for matrix in trained.values())
+
+
+# Updates in proportion to the gradients, not to their signs, so that rounding stays rounding.
+LINEAR_ADAM = ("optimizer.eps=10", "optimizer.lr=100", "optimizer.weight_decay=0")
+
+
+def train_two_steps(*settings: str) -> dict[str, np.ndarray]:
+    """Runs two steps; returns what the second one changed: only then does A have a gradient."""
+    assert run("max_steps=2", "checkpoint_every_n_steps=1", *LINEAR_ADAM, *settings) == 0
+    first, _ = read_trainable(only_run(), 1)
+    second, _ = read_trainable(only_run(), 2)
+    shutil.rmtree("runs")
+    return {name: second[name] - first[name] for name in second}
+
+
+@pytest.fixture(scope="module")
+def plain(prepared) -> dict[str, dict[str, np.ndarray]]:
+    """Changes by dtype, with every weight and activation on the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        return {
+            dtype: train_two_steps(f"model.transformer_dtype={dtype}")
+            for dtype in ("float32", "float8")
+        }
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("dtype", "policy", "blocks_to_swap", "tolerance"),
+    [
+        ("float32", "unsloth", 0, 1e-3),
+        ("float32", "offload_attention", 1, 1e-3),
+        ("float8", "offload_attention", 99, 0.3),
+    ],
+)
+def test_what_saves_memory_trains_the_same(
+    dtype, policy, blocks_to_swap, tolerance, plain, monkeypatch, capsys
+):
+    sizes = {name: Counter() for name in ("load_transformer", "place_frozen")}
+
+    def watch(name: str) -> None:
+        real = getattr(train, name)
+
+        def watched(*args, **options):
+            result = real(*args, **options)
+            for leaf in jax.tree.leaves(result if name == "place_frozen" else nnx.state(result)):
+                is_numpy = isinstance(leaf, np.ndarray)
+                sizes[name]["numpy" if is_numpy else leaf.sharding.memory_kind] += leaf.size
+            return result
+
+        monkeypatch.setattr(train, name, watched)
+
+    for name in sizes:
+        watch(name)
+    trained = train_two_steps(
+        f"model.transformer_dtype={dtype}",
+        f"activation_checkpointing={policy}",
+        f"blocks_to_swap={blocks_to_swap}",
+    )
+    on_host = min(blocks_to_swap, 2)
+    said = f"memory: {dtype} weights, {on_host} of 2 blocks in host memory, activations: {policy}"
+    assert said in capsys.readouterr().out
+    assert set(sizes["load_transformer"]) == {"numpy"}
+    linears = 8 * TINY_TRANSFORMER.dim**2 + 2 * TINY_TRANSFORMER.dim * TINY_TRANSFORMER.ffn_dim
+    assert sizes["place_frozen"]["pinned_host"] == linears * on_host
+    for name, expected in plain[dtype].items():
+        # In 16 bits the same step, put differently, rounds differently: less than float8 does.
+        scale = expected if dtype == "float32" else expected - plain["float32"][name]
+        error = np.linalg.norm(trained[name] - expected) / np.linalg.norm(scale)
+        assert error < tolerance, name
+
+
+@pytest.mark.usefixtures("here")
+def test_running_out_of_memory_names_the_next_setting(monkeypatch, capsys):
+    def fail(*_args, **_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_train_step", lambda *_, **__: fail)
+        assert run() == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "at 32x32x5 (2 tokens a clip); set activation_checkpointing = true" in error
+    monkeypatch.setattr(train, "place_frozen", fail)
+    assert run("model.transformer_dtype=float8") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "out of GPU memory loading the model; set blocks_to_swap = 2" in error
 
 
 @pytest.mark.usefixtures("here")
@@ -338,11 +440,11 @@ def test_curves_are_on_disk_while_the_run_goes(tmp_path, monkeypatch):
 def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
     assert run("max_steps=1") == 0
     calls = []
-    for name in ("claim_gpu", "read_meta"):
+    for name in ("claim_gpu", "keep_compiled", "read_meta"):
         real = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
     assert run("--resume_from_checkpoint", "max_steps=1") == 0
-    assert calls == ["claim_gpu", "read_meta"]
+    assert calls == ["claim_gpu", "keep_compiled", "read_meta"]
 
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:

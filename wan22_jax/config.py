@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wan22_jax.errors import BadInput
+from wan22_jax.model.remat import POLICIES
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
@@ -81,7 +82,11 @@ class OptimizerConfig(Table):
 
 
 class TrainConfig(Table):
-    """The main file."""
+    """The main file.
+
+    ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
+    all if there are fewer, keep their frozen weights in host memory.
+    """
 
     output_dir: str
     dataset: str
@@ -97,7 +102,7 @@ class TrainConfig(Table):
     warmup_steps: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**31)
     i2v_fraction: float = Field(0.2, ge=0, le=1)
-    activation_checkpointing: bool | Literal["unsloth"] = False
+    activation_checkpointing: bool | str = False
     blocks_to_swap: int = Field(0, ge=0)
     save_every_n_steps: int | None = Field(None, ge=1)
     save_every_n_epochs: int | None = Field(None, ge=1)
@@ -195,11 +200,6 @@ _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m
 
 # key -> (values that change nothing, why any other value is refused)
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "activation_checkpointing": (
-        (False, True),
-        f"host offload {_LATER_VERSION}; use true",
-    ),
-    "blocks_to_swap": ((0,), f"streaming blocks from host memory {_LATER_VERSION}; use 0"),
     "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
     "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
     "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
@@ -289,6 +289,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         )
     if config.model.min_t >= config.model.max_t:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
+    if config.activation_checkpointing not in POLICIES:
+        raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
     return config
 
 
@@ -350,6 +352,16 @@ def _describe(table: type[Table], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"key {key} is missing"
     return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
+
+
+def _describe_policy(value: bool | str) -> str:
+    known = [repr(name) if isinstance(name, str) else str(name).lower() for name in POLICIES]
+    near = difflib.get_close_matches(str(value).lower(), known, n=1)
+    return (
+        f"activation_checkpointing = {value!r} is unknown"
+        + (f", did you mean {near[0]}?" if near else "")
+        + f" (known: {', '.join(known)})"
+    )
 
 
 def _keys(table: type[Table], prefix: str = "") -> list[str]:

@@ -40,7 +40,7 @@ from wan22_jax.model_folder import (
     read_model_card,
     tokenizer_folder,
 )
-from wan22_jax.sharding import claim_gpu, describe_peak_memory
+from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
 from wan22_jax.text import encode_text, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
@@ -77,6 +77,7 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
     """
     claim_gpu()
+    keep_compiled()
     directories = read_directories(dataset_file)
     encoders = name_encoders(read_model_card(model).digests)
     surveys = [survey_folder(d.path, d.rule, warn=_warn) for d in directories]

@@ -31,7 +31,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
-from wan22_jax.sharding import claim_gpu, describe_peak_memory
+from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
 
 Network = TypeVar("Network")
@@ -43,6 +43,7 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(sys.argv[1:])
     claim_gpu()
+    keep_compiled()
     return run_command(lambda: sample(args))
 
 

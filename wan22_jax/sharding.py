@@ -1,10 +1,14 @@
-"""Where arrays live: one mesh, and the sharding of everything that enters the train step."""
+"""Where arrays and programs live: the mesh, the device's memory, compiled programs on disk."""
 
+import logging
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+log = logging.getLogger(__name__)
 
 
 def make_mesh() -> Mesh:
@@ -27,6 +31,26 @@ def claim_gpu() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+
+
+def keep_compiled() -> None:
+    """Has JAX keep on disk what took over a second to compile, so that a later start reads it.
+
+    In ``~/.cache/wan22_jax/xla``, or under ``XDG_CACHE_HOME``; ``JAX_COMPILATION_CACHE_DIR`` names
+    another folder, or none if it is empty. A folder that cannot be written is no error.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # JAX has read it, and only warns of a folder that it cannot use
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(caches, "wan22_jax", "xla")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        log.info("compiled programs are not kept: %s; set JAX_COMPILATION_CACHE_DIR", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def describe_peak_memory() -> str:

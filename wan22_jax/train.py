@@ -32,7 +32,14 @@ from wan22_jax.model_folder import (
     load_transformer,
     read_model_card,
 )
-from wan22_jax.sharding import claim_gpu, describe_peak_memory, make_mesh, replicated
+from wan22_jax.sharding import (
+    claim_gpu,
+    describe_peak_memory,
+    keep_compiled,
+    make_mesh,
+    replicated,
+)
+from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import compile_train_step, init_state, place_frozen, split_model
@@ -80,6 +87,7 @@ def train(
         BadInput: config, model, cache and checkpoint do not fit together, or memory runs out.
     """
     claim_gpu()  # before Orbax reads a checkpoint's meta, which may start JAX's backend
+    keep_compiled()
     config = load_config(config_file, overrides)
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)
@@ -95,13 +103,18 @@ def train(
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
 
+    plan = MemoryPlan(
+        dtype,
+        num_blocks=card.transformer.num_layers,
+        blocks_to_swap=config.blocks_to_swap,
+        activation_checkpointing=config.activation_checkpointing,
+        micro_batch=config.micro_batch,
+    )
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
     log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
-    model = load_transformer(model_folder, dtype=dtype)
+    log.info("memory: %s", plan)
     lora_key, draw_key = jax.random.split(jax.random.key(config.seed))
-    model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
-    graphdef, trainable, frozen = split_model(model)
     optimizer = make_optimizer(
         config.learning_rate,
         warmup_steps=config.warmup_steps,
@@ -110,13 +123,20 @@ def train(
         eps=config.optimizer.eps,
         max_grad_norm=config.gradient_clipping,
     )
-    state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
-    frozen = place_frozen(
-        frozen,
-        activation_checkpointing=config.activation_checkpointing,
-        blocks_to_swap=config.blocks_to_swap,
-        sharding=sharding,
-    )
+    with explain_exhaustion(plan):
+        # Placing copies each block: from the host, so that no weight is on the device twice.
+        model = load_transformer(model_folder, dtype=dtype, host=True)
+        model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
+        graphdef, trainable, frozen = split_model(model)
+        state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
+        frozen = jax.block_until_ready(
+            place_frozen(
+                frozen,
+                activation_checkpointing=config.activation_checkpointing,
+                blocks_to_swap=config.blocks_to_swap,
+                sharding=sharding,
+            )
+        )
     del model, trainable  # the state owns these arrays now, and the step donates them
     train_step = compile_train_step(
         graphdef,
@@ -150,7 +170,7 @@ def train(
                 if is_new:
                     grids[item.bucket] = jax.device_put(make_grid(config, item.bucket), sharding)
                 batch = jax.device_put(item.batch, sharding)
-                try:
+                with explain_exhaustion(plan, item.bucket):
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
                     done, epoch = step + 1, step // loader.steps_per_epoch + 1
                     ends_epoch = done % loader.steps_per_epoch == 0
@@ -160,8 +180,6 @@ def train(
                         StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
                         new_program=is_new,
                     )
-                except jax.errors.JaxRuntimeError as error:
-                    raise _explain(error, item.bucket) from error
                 minutes = (time.monotonic() - saved_at) / 60
                 if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
                     progress.flush()
@@ -287,13 +305,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict)
         flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
-
-
-def _explain(error: Exception, bucket: Bucket) -> Exception:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return BadInput(
-        f"out of GPU memory at {bucket} ({bucket.num_tokens} tokens a clip); set "
-        "activation_checkpointing = true, lower micro_batch_size_per_gpu, or train on smaller "
-        "resolutions or frame_buckets"
-    )

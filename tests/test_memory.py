@@ -1,0 +1,78 @@
+"""When memory runs out: does the message name the setting that helps next, and only that?"""
+
+import jax
+import pytest
+
+from wan22_jax.errors import BadInput
+from wan22_jax.geometry import Bucket
+from wan22_jax.model.remat import POLICIES
+from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
+
+BUCKET = Bucket(1280, 704, 121)
+PLAN = MemoryPlan(
+    "bfloat16", num_blocks=30, blocks_to_swap=0, activation_checkpointing=False, micro_batch=1
+)
+
+
+def run_out(plan: MemoryPlan, bucket: Bucket | None = BUCKET) -> str:
+    with pytest.raises(BadInput) as refusal, explain_exhaustion(plan, bucket):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "described"),
+    [
+        (PLAN, "bfloat16 weights, 0 of 30 blocks in host memory, activations: kept"),
+        (
+            PLAN._replace(dtype="float8", blocks_to_swap=99, activation_checkpointing="unsloth"),
+            "float8 weights, 30 of 30 blocks in host memory, activations: unsloth",
+        ),
+        (
+            PLAN._replace(blocks_to_swap=7, activation_checkpointing=True),
+            "bfloat16 weights, 7 of 30 blocks in host memory, activations: recomputed",
+        ),
+    ],
+)
+def test_a_plan_says_what_runs(plan, described):
+    assert str(plan) == described
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_following_the_advice_ends_at_the_least_memory(policy):
+    plan, advice = PLAN._replace(activation_checkpointing=policy), []
+    changes = {
+        "set activation_checkpointing = true": {"activation_checkpointing": True},
+        "set activation_checkpointing = 'offload_attention'": {
+            "activation_checkpointing": "offload_attention"
+        },
+        "set [model] transformer_dtype = 'float8'": {"dtype": "float8"},
+        "set blocks_to_swap = 30": {"blocks_to_swap": 30},
+    }
+    while "; set " in run_out(plan):
+        said = run_out(plan).partition("; ")[2].partition(", or ")[0]
+        advice.append(said)
+        plan = plan._replace(**changes[said])
+    steps = list(changes)
+    on_host, recomputes = POLICIES[policy].on_host, POLICIES[policy].keep == ()
+    assert advice == (steps[2:] if on_host else steps[1:] if recomputes else steps)
+    assert run_out(plan) == (
+        "out of GPU memory, or pinned host memory, at 1280x704x121 (27280 tokens a clip); "
+        "train on smaller resolutions or frame_buckets"
+    )
+
+
+def test_advice_fits_the_moment():
+    assert "lower micro_batch_size_per_gpu" not in run_out(PLAN)
+    assert "lower micro_batch_size_per_gpu" in run_out(PLAN._replace(micro_batch=2))
+    assert run_out(PLAN, None) == (
+        "out of GPU memory loading the model; set [model] transformer_dtype = 'float8', "
+        "or lower [adapter] rank"
+    )
+
+
+def test_other_errors_pass():
+    error = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError) as passed, explain_exhaustion(PLAN):
+        raise error
+    assert passed.value is error
