@@ -30,18 +30,18 @@ FOLDER = Path(__file__).parent
 BUCKETS = {"27280": "1280x704x121", "8190": "832x480x81", "2304": "512x512x33"}
 # activation_checkpointing that is fastest within the memory target (40, 20 and 14 GB in float8).
 BEST_POLICY = {
-    ("27280", "float8"): "keep_attention",
-    ("8190", "float8"): "keep_attention",
-    ("2304", "float8"): "keep_attention",
+    ("27280", "float8"): "keep_qkv",
+    ("8190", "float8"): "keep_qkv",
+    ("2304", "float8"): "keep_matmuls",
     ("27280", "bfloat16"): "keep_attention",
     ("8190", "bfloat16"): "keep_attention",
     ("2304", "bfloat16"): "keep_attention",
 }
 # At 1280x704x121, by limit of the allocator in GB: the flags of the configs for small GPUs.
 SMALL_MEMORY = {
-    "24": ("--activation_checkpointing", "unsloth", "--blocks_to_swap", "0"),
-    "12": ("--activation_checkpointing", "unsloth", "--blocks_to_swap", "30"),
-    "10": ("--activation_checkpointing", "unsloth", "--blocks_to_swap", "30"),
+    "24": ("--activation_checkpointing", "offload_attention", "--blocks_to_swap", "0"),
+    "12": ("--activation_checkpointing", "offload_attention", "--blocks_to_swap", "20"),
+    "10": ("--activation_checkpointing", "offload_attention", "--blocks_to_swap", "18"),
 }
 # The faster attention of the peer, by tokens; compiled, cuDNN's is the faster one everywhere.
 PEER_EAGER_ATTENTION = {"27280": "_native_cudnn", "8190": "_native_cudnn", "2304": "native"}

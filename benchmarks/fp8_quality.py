@@ -140,7 +140,7 @@ def adapter_gradients(dtype: str, args: argparse.Namespace) -> Iterator[dict[str
         graphdef, trainable, frozen = split_model(model)
         del model
         policy = args.activation_checkpointing
-        frozen = place(frozen, mesh=mesh)
+        frozen = place(frozen, activation_checkpointing=policy, mesh=mesh)
         grad_fn = grad_fn or build_grad(graphdef, activation_checkpointing=policy)
         latents_NTYXC, text_NSE = make_clips(config, bucket, num_clips=1, seed=seed)
         draws = draw_example(
@@ -240,7 +240,7 @@ def train_curves(dtype: str, args: argparse.Namespace) -> np.ndarray:
         if step is None:
             policy = args.activation_checkpointing
             step = build_step(graphdef, optimizer, activation_checkpointing=policy, mesh=mesh)
-            frozen = place(rest, mesh=mesh)
+            frozen = place(rest, activation_checkpointing=policy, mesh=mesh)
         state, key = jax.device_put(
             (init_state(trainable, optimizer), jax.random.key(seed)), sharding
         )

@@ -109,10 +109,13 @@ def add_lora(model: WanTransformer, *, seed: int, std_b: float = 0.0) -> None:
         linear.lora_B[...] = std_b * jax.random.normal(key, linear.lora_B.shape)
 
 
-def place(frozen: nnx.State, *, blocks_to_swap: int = 0, mesh: Mesh) -> Frozen:
+def place(
+    frozen: nnx.State, *, activation_checkpointing: bool | str, blocks_to_swap: int = 0, mesh: Mesh
+) -> Frozen:
     """Moves the frozen weights to where the step reads them."""
     return place_frozen(
         frozen,
+        activation_checkpointing=activation_checkpointing,
         blocks_to_swap=blocks_to_swap,
         sharding=replicated(mesh),
     )

@@ -66,6 +66,7 @@ def main() -> None:
     del model
     frozen = place(
         frozen,
+        activation_checkpointing=args.activation_checkpointing,
         blocks_to_swap=args.blocks_to_swap,
         mesh=mesh,
     )

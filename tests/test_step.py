@@ -77,7 +77,7 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
 
     return (
         make_state,
-        place_frozen(frozen, blocks_to_swap=0, sharding=sharding),
+        place_frozen(frozen, activation_checkpointing=False, blocks_to_swap=0, sharding=sharding),
         step,
     )
 

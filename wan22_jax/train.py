@@ -113,6 +113,7 @@ def train(
     state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
     frozen = place_frozen(
         frozen,
+        activation_checkpointing=config.activation_checkpointing,
         blocks_to_swap=config.blocks_to_swap,
         sharding=sharding,
     )

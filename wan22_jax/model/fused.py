@@ -108,8 +108,9 @@ def _residual_norm_backward(static: tuple, saved: tuple, grads: tuple) -> tuple:
         out_ND, grads[1], grads[0], gate_MD, weight_MD, eps=eps, dtype=dtype
     )
     # Not computed in LoRA training, where nothing asks for them.
-    _, pull = jax.vjp(partial(residual_norm_twin, static, *args[:2]), *args[2:])
-    return (dx[0], dx[1] if len(dx) > 1 else None, *pull(grads))
+    twin = partial(residual_norm_twin, (*static[:2], False), *args[:2])
+    _, pull = jax.vjp(twin, *args[2:])
+    return (dx[0], dx[1] if len(dx) > 1 else None, *pull(grads[:2]))
 
 
 _residual_norm.defvjp(_residual_norm_forward, _residual_norm_backward)

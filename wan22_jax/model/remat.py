@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Tree = Any  # of arrays
 # block(x, trainable weights, frozen weights in one or two trees, context) -> x of the same shape
 Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
-_MATMULS = ("low_rank", "qkv", "o", "cross_q", "cross_o", "ffn_in")
+_MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -41,85 +42,102 @@ POLICIES: dict[bool | str, Remat] = {
 }
 
 
-class BlockWeights(NamedTuple):
-    """Frozen weights of one block."""
+class Stack(NamedTuple):
+    """Frozen weights of consecutive blocks, each leaf with a leading axis of blocks."""
 
     on_device: Tree
-    on_host: Tree  # fetched when it is needed; without leaves if nothing is
+    on_host: Tree  # fetched block by block; without leaves if nothing is
+
+    @property
+    def num_blocks(self) -> int:
+        """The length of the leading axis."""
+        return jax.tree.leaves(self)[0].shape[0]
 
 
-def scan_blocks(
-    block: Block, x: jax.Array, trainable: Tree, frozen: Tree, context: Tree, remat: Remat
-) -> jax.Array:
-    """Applies the blocks in a loop; their weights have a leading axis. Compiles fast.
-
-    Raises:
-        ValueError: the policy keeps activations on the host, which ``unroll_blocks`` does.
-    """
-    if remat.on_host:
-        raise ValueError("activations go to the host from unrolled blocks only")
-
-    def body(x: jax.Array, layer: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-        return block(x, layer[0], (layer[1],), context), None
-
-    if remat.keep is not None:
-        body = jax.checkpoint(body, policy=_keeps(remat.keep), prevent_cse=False)
-    return jax.lax.scan(body, x, (trainable, frozen))[0]
-
-
-def unroll_blocks(
+def run_blocks(
     block: Block,
     x: jax.Array,
     trainable: Tree,
-    blocks: Sequence[BlockWeights],
+    parts: Sequence[list[Tree] | Stack],
     context: Tree,
     remat: Remat,
 ) -> jax.Array:
-    """Applies the blocks as straight code, which copies nothing into and out of stacks.
+    """Applies the blocks in order; differentiable with respect to x and trainable.
 
     Args:
         block: one block.
         x: what the blocks pass on.
         trainable: weights of all blocks, with a leading axis.
-        blocks: frozen weights of each block.
-        context: what all blocks read alike. If anything waits on the host (weights, or activations
-            by ``remat``), it and the frozen weights get no gradient.
-        remat: what the backward pass keeps.
+        parts: frozen weights; the parts' blocks follow each other. A list of single blocks
+            becomes straight code: it compiles longer than the loop over a stack and runs
+            faster, since nothing is copied into and out of stacks.
+        context: what all blocks read alike. If anything of a stack waits on the host (weights,
+            or activations by ``remat``), it and the frozen weights get no gradient.
+        remat: what the backward pass keeps; only what runs as a stack can keep it on the host.
     """
-    leaves, structure = jax.tree.flatten(trainable)
-    # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
-    split = [jax.lax.split(leaf, (1,) * len(blocks)) for leaf in leaves]
-    layers = [
-        jax.tree.unflatten(structure, [rows[i].reshape(rows[i].shape[1:]) for rows in split])
-        for i in range(len(blocks))
-    ]
-    if remat.on_host or jax.tree.leaves([weights.on_host for weights in blocks]):
-        return _run_from_host(block, remat, x, layers, list(blocks), context)
+    start = 0
+    for part in parts:
+        count = len(part) if isinstance(part, list) else part.num_blocks
+        layers = jax.tree.map(lambda leaf: leaf[start : start + count], trainable)  # noqa: B023
+        start += count
+        if isinstance(part, list):
+            x = _run_unrolled(block, remat, x, layers, part, context)
+        elif remat.on_host or jax.tree.leaves(part.on_host):
+            x = _run_from_host(block, remat, x, layers, part, context)
+        else:
+            x = _run_scanned(block, remat, x, layers, part, context)
+    return x
 
+
+def _run_unrolled(
+    block: Block,
+    remat: Remat,
+    x: jax.Array,
+    trainable: Tree,
+    blocks: list[Tree],
+    context: Tree,
+) -> jax.Array:
     def run(x: jax.Array, layer: Tree, frozen: Tree) -> jax.Array:
         return block(x, layer, (frozen,), context)
 
     if remat.keep is not None:
         run = jax.checkpoint(run, policy=_keeps(remat.keep))
-    for layer, weights in zip(layers, blocks, strict=True):
-        x = run(x, layer, weights.on_device)
+    leaves, structure = jax.tree.flatten(trainable)
+    # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
+    split = [jax.lax.split(leaf, (1,) * len(blocks)) for leaf in leaves]
+    for index, frozen in enumerate(blocks):
+        layer = [rows[index].reshape(rows[index].shape[1:]) for rows in split]
+        x = run(x, jax.tree.unflatten(structure, layer), frozen)
     return x
+
+
+def _run_scanned(
+    block: Block, remat: Remat, x: jax.Array, trainable: Tree, stack: Stack, context: Tree
+) -> jax.Array:
+    def body(x: jax.Array, layer: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
+        return block(x, layer[0], (layer[1],), context), None
+
+    if remat.keep is not None:
+        body = jax.checkpoint(body, policy=_keeps(remat.keep), prevent_cse=False)
+    return jax.lax.scan(body, x, (trainable, stack.on_device))[0]
 
 
 def _run_from_host(
     block: Block,
     remat: Remat,
     x: jax.Array,
-    layers: list[Tree],
-    blocks: list[BlockWeights],
+    trainable: Tree,
+    stack: Stack,
     context: Tree,
 ) -> jax.Array:
-    """Forward and backward in our own order, each of which fetches one block ahead."""
+    """Two scans, forward and backward, each of which carries what it fetched one block ahead."""
+    last = stack.num_blocks - 1
 
     def pull_of(
-        x: jax.Array, layer: Tree, frozen: tuple[Tree, Tree], context: Tree
+        x: jax.Array, layer: Tree, fetched: Tree, on_device: Tree, context: Tree
     ) -> tuple[jax.Array, Callable, list[jax.Array]]:
         """One block, its gradient function, and the values that this has kept."""
+        frozen = (on_device, fetched)
 
         def function(x: jax.Array, layer: Tree) -> jax.Array:
             return block(x, layer, frozen, context)
@@ -141,55 +159,53 @@ def _run_from_host(
 
         return x_out, pull_with, list(kept.values())
 
+    def forward(
+        x: jax.Array, trainable: Tree, stack: Stack, context: Tree, *, saves: bool
+    ) -> tuple[jax.Array, Tree]:
+        def body(carry: tuple, layer: tuple) -> tuple[tuple, Tree]:
+            x, fetched = carry
+            index, layer, on_device = layer
+            ahead = _fetch(stack.on_host, jnp.minimum(index + 1, last))
+            if not saves:
+                return (block(x, layer, (on_device, fetched), context), ahead), None
+            x_out, _, kept = pull_of(x, layer, fetched, on_device, context)
+            saved = [x, *kept]
+            return (x_out, ahead), _to_host(saved) if remat.on_host else saved
+
+        first = _fetch(stack.on_host, 0)
+        layers = (jnp.arange(last + 1), trainable, stack.on_device)
+        (x, _), saved = jax.lax.scan(body, (x, first), layers)
+        return x, saved
+
     @jax.custom_vjp
-    def run(x: jax.Array, layers: list, blocks: list, context: Tree) -> jax.Array:
-        fetched = _fetch(blocks[0].on_host)
-        for index, layer in enumerate(layers):
-            frozen = (blocks[index].on_device, fetched)
-            x, fetched = _fetch_beside(x, [weights.on_host for weights in blocks], index + 1)
-            x = block(x, layer, frozen, context)
-        return x
+    def run(x: jax.Array, trainable: Tree, stack: Stack, context: Tree) -> jax.Array:
+        return forward(x, trainable, stack, context, saves=False)[0]
 
-    def run_forward(x: jax.Array, layers: list, blocks: list, context: Tree) -> tuple:
-        waiting = [weights.on_host for weights in blocks]
-        saved = []
-        fetched = _fetch(waiting[0])
-        for index, layer in enumerate(layers):
-            frozen = (blocks[index].on_device, fetched)
-            x, fetched = _fetch_beside(x, waiting, index + 1)
-            x_out, _, kept = pull_of(x, layer, frozen, context)
-            saved.append(_to_host([x, *kept]) if remat.on_host else [x, *kept])
-            x = x_out
-        return x, (saved, layers, blocks, context)
+    def run_forward(*args: Any) -> tuple[jax.Array, Tree]:
+        x, saved = forward(*args, saves=True)
+        return x, (saved, *args[1:])
 
-    def run_backward(residuals: tuple, dx: jax.Array) -> tuple:
-        saved, layers, blocks, context = residuals
-        here = [None if remat.on_host else values for values in saved]
-        waiting = [
-            (weights.on_host, values if remat.on_host else None)
-            for weights, values in zip(blocks, saved, strict=True)
-        ]
-        last = len(layers) - 1
-        dlayers = []
-        fetched = _fetch(waiting[last])
-        for index in range(last, -1, -1):
-            weights, values = fetched
-            dx, fetched = _fetch_beside(dx, waiting, index - 1)
-            x, *kept = values if remat.on_host else here[index]
-            _, pull, _ = pull_of(x, layers[index], (blocks[index].on_device, weights), context)
+    def run_backward(residuals: Tree, dx: jax.Array) -> tuple:
+        saved, trainable, stack, context = residuals
+        waiting = (stack.on_host, saved if remat.on_host else None)
+
+        def body(carry: tuple, layer: tuple) -> tuple[tuple, Tree]:
+            dx, (fetched, values) = carry
+            index, layer, on_device, values_here = layer
+            ahead = _fetch(waiting, jnp.maximum(index - 1, 0))
+            x, *kept = values if remat.on_host else values_here
+            _, pull, _ = pull_of(x, layer, fetched, on_device, context)
             dx, dlayer = pull(kept, dx)
-            dlayers.append(dlayer)
-        return dx, dlayers[::-1], None, None
+            return (dx, ahead), dlayer
+
+        first = _fetch(waiting, last)
+        here = None if remat.on_host else saved
+        layers = (jnp.arange(last + 1), trainable, stack.on_device, here)
+        (dx, _), dtrainable = jax.lax.scan(body, (dx, first), layers, reverse=True)
+        return dx, dtrainable, None, None
 
     run.defvjp(run_forward, run_backward)
-    return run(x, layers, blocks, context)
-
-
-def _fetch_beside(x: jax.Array, waiting: list[Tree], index: int) -> tuple[jax.Array, Tree]:
-    """Starts to fetch what a block waits for, at the time when x is there."""
-    if not 0 <= index < len(waiting):
-        return x, None
-    return x, _fetch(waiting[index])
+    return run(x, trainable, stack, context)
 
 
 def _keeps(names: tuple[str, ...]) -> Callable[..., Any]:
@@ -205,8 +221,12 @@ def _keeps(names: tuple[str, ...]) -> Callable[..., Any]:
     return policy
 
 
-def _fetch(tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), tree)
+def _fetch(tree: Tree, index: jax.Array | int) -> Tree:
+    def fetch(leaf: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+        return jax.device_put(row, jax.memory.Space.Device)
+
+    return jax.tree.map(fetch, tree)
 
 
 def _to_host(tree: Tree) -> Tree:

@@ -37,7 +37,7 @@ from wan22_jax.model.linear import (
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, BlockWeights, scan_blocks, unroll_blocks
+from wan22_jax.model.remat import POLICIES, Stack, run_blocks
 from wan22_jax.model.rope import rope_tables
 
 FlatState = Mapping[tuple, jax.Array]  # by path
@@ -96,7 +96,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
-        blocks: Sequence[BlockWeights] = (),
+        parts: Sequence[list[FlatState] | Stack] = (),
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -107,8 +107,8 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            blocks: frozen weights of each block, by path, to run instead of a loop over those of
-                ``self.blocks``, which are then without (``training.step.place_frozen``).
+            parts: frozen weights of the blocks, by path, to read instead of those of
+                ``self.blocks``; see ``training.step.place_frozen``.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -129,12 +129,14 @@ class WanTransformer(nnx.Module):
         def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
             return nnx.merge(graphdef, lora, *map(to_state, frozen))(x, *context)
 
-        x_BLD = x_BLD.astype(jnp.float32) if float32_residual else x_BLD
-        context, remat = (time_BTMD, text, rope), POLICIES[activation_checkpointing]
-        if blocks:
-            x_BLD = unroll_blocks(run_block, x_BLD, trainable, blocks, context, remat)
-        else:
-            x_BLD = scan_blocks(run_block, x_BLD, trainable, frozen, context, remat)
+        x_BLD = run_blocks(
+            run_block,
+            x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
+            trainable,
+            parts or [Stack(frozen, None)],
+            (time_BTMD, text, rope),
+            POLICIES[activation_checkpointing],
+        )
         return self.head(x_BLD, time_BTD, grid_TYX)
 
     def lora_targets(self) -> Iterator[tuple[str, Linear]]:
@@ -264,6 +266,7 @@ class Attention(nnx.Module):
         q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
         q_ND = norm_rope(q_ND, self.norm_q.weight[...], rope, eps=self.eps)
         k_ND = norm_rope(k_ND, self.norm_k.weight[...], rope, eps=self.eps)
+        q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
         return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "attention"), "o")
 
     def attend_to_text(self, x: Activation, text: Activation, *, batch: int) -> jax.Array:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import BlockWeights
-from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.model.remat import POLICIES, Stack
+from wan22_jax.model.transformer import FlatState, WanTransformer
 
 
 class TrainState(NamedTuple):
@@ -42,8 +42,8 @@ class Draws(NamedTuple):
 class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
-    on_device: nnx.State
-    blocks: tuple[BlockWeights, ...] = ()  # each apart; if there are none, a stack in on_device
+    rest: nnx.State  # all but the blocks, or with them if there are no parts
+    parts: tuple[list[FlatState] | Stack, ...] = ()
 
 
 Metrics = dict[str, jax.Array]
@@ -56,11 +56,19 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return graphdef, trainable, frozen
 
 
-def place_frozen(frozen: nnx.State, *, blocks_to_swap: int, sharding: Sharding) -> Frozen:
-    """Puts the frozen weights where the step reads them, each block's apart.
+def place_frozen(
+    frozen: nnx.State,
+    *,
+    activation_checkpointing: bool | str,
+    blocks_to_swap: int,
+    sharding: Sharding,
+) -> Frozen:
+    """Puts the frozen weights where and how the step reads them.
 
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
+        activation_checkpointing: a key of ``remat.POLICIES``. Blocks whose activations wait on the
+            host stay a stack, others become arrays of their own.
         blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
             their weights is small; more than there are means all.
         sharding: of what stays on the device.
@@ -68,22 +76,29 @@ def place_frozen(frozen: nnx.State, *, blocks_to_swap: int, sharding: Sharding) 
     stacked, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
     by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(stacked["blocks"])}
     num_blocks = len(next(iter(by_path.values())))
+    resident = max(0, num_blocks - blocks_to_swap)
     host = sharding.with_memory_kind("pinned_host")
 
-    def place(index: int) -> BlockWeights:
-        rows = {path: array[index] for path, array in by_path.items()}
-        swaps = index >= num_blocks - blocks_to_swap
-        swapped = {path for path, row in rows.items() if swaps and row.ndim == 2}
-        return BlockWeights(
-            {path: jax.device_put(rows[path], sharding) for path in rows.keys() - swapped},
-            {path: jax.device_put(rows[path], host) for path in swapped},
+    def put_rows(start: int, stop: int, *, swap: bool) -> Stack:
+        rows = {path: array[start:stop] for path, array in by_path.items()}
+        matrices = {path for path in rows if swap and rows[path].ndim == 3}
+        return Stack(
+            {path: jax.device_put(rows[path], sharding) for path in rows.keys() - matrices},
+            {path: jax.device_put(rows[path], host) for path in matrices},
         )
 
-    empty = jax.tree.map(lambda leaf: leaf[:0], stacked)
-    return Frozen(
-        jax.device_put(nnx.merge_state(rest, empty), sharding),
-        tuple(place(index) for index in range(num_blocks)),
-    )
+    def put_row(index: int) -> FlatState:
+        return {path: jax.device_put(array[index], sharding) for path, array in by_path.items()}
+
+    parts: list[list[FlatState] | Stack] = []
+    if resident and POLICIES[activation_checkpointing].on_host:
+        parts.append(put_rows(0, resident, swap=False))
+    elif resident:
+        parts.append([put_row(index) for index in range(resident)])
+    if resident < num_blocks:
+        parts.append(put_rows(resident, num_blocks, swap=True))
+    without_blocks = nnx.merge_state(rest, jax.tree.map(lambda leaf: leaf[:0], stacked))
+    return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
 
 def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -127,7 +142,7 @@ def loss_fn(
     activation_checkpointing: bool | str,
 ) -> Float[Array, ""]:
     """The mean over examples of the velocity error; ``draws`` has a leading batch axis."""
-    model = nnx.merge(graphdef, trainable, frozen.on_device)
+    model = nnx.merge(graphdef, trainable, frozen.rest)
     clean_BTYXC = latents_BTYXC.astype(jnp.float32)
     noisy_BTYXC = add_noise(clean_BTYXC, draws.noise_TYXC, draws.sigma_T)
     velocity_BTYXC = model(
@@ -135,7 +150,7 @@ def loss_fn(
         draws.sigma_T,
         text_BSE,
         activation_checkpointing=activation_checkpointing,
-        blocks=frozen.blocks,
+        parts=frozen.parts,
     )
     return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
 
