@@ -128,9 +128,12 @@ def test_quantised_while_loading_is_what_the_converter_writes(host, models):
 def test_a_bfloat16_folder_is_quantised_from_its_own_numbers(models, official, tmp_path):
     found = read_arrays(load_transformer(models[0]["bfloat16"], dtype="float8"))
     rounded = shutil.copytree(official, tmp_path / "official")
+
+    def rounds(name: str) -> bool:
+        return name.endswith(".weight") and "time_" not in name
+
     for shard in rounded.glob("diffusion_pytorch_model*.safetensors"):
         tensors = load_file(shard)
-        rounds = lambda name: name.endswith(".weight") and "time_" not in name  # noqa: E731
         save_file(
             {
                 name: tensor.astype(ml_dtypes.bfloat16).astype(np.float32)

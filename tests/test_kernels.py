@@ -50,7 +50,7 @@ def test_residual_norm(branch, gate, quantize):
     weight = 1 + draw(rows, WIDTH, seed=3, scale=0.2, dtype=jnp.float32)
     shift = draw(rows, WIDTH, seed=4, dtype=jnp.float32)
     static = (1e-6, jnp.dtype(jnp.bfloat16), quantize)
-    options = dict(eps=1e-6, dtype=jnp.bfloat16, quantize=quantize, interpret=INTERPRET)
+    options = {"eps": 1e-6, "dtype": jnp.bfloat16, "quantize": quantize, "interpret": INTERPRET}
     got = kernels.residual_norm(x, y, gates, weight, shift, **options)
     expected = fused.residual_norm_twin(static, x, y, gates, weight, shift)
     if branch:
@@ -137,7 +137,7 @@ def test_scale_add_low_rank(transposed, scaled, rank):
         low,
         high,
     )
-    options = dict(num_rows=TOKENS, columns=slice(WIDTH, 2 * WIDTH), transposed=transposed)
+    options = {"num_rows": TOKENS, "columns": slice(WIDTH, 2 * WIDTH), "transposed": transposed}
     got = kernels.scale_add_low_rank(*args, **options, interpret=INTERPRET)
     assert got.shape == (TOKENS, WIDTH)
     assert_close(got, fused.scale_add_low_rank_twin(*args, **options))

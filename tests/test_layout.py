@@ -14,7 +14,9 @@ LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
-    | {"wan22_jax.model.attention"},
+    | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
+    {"wan22_jax.model.kernels"},
+    {"wan22_jax.model.fused"},
     {"wan22_jax.model.linear"},
     {"wan22_jax.model.vae_layers"},
     {"wan22_jax.model.transformer", "wan22_jax.model.vae", "wan22_jax.model.umt5"},

@@ -134,7 +134,10 @@ def make_random(network, config):
     rng = np.random.default_rng(0)
     abstract = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.2, jnp.float32)  # noqa: E731
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) * 0.2, jnp.float32)
+
     return nnx.merge(graphdef, jax.tree.map(draw, state))
 
 

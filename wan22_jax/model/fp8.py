@@ -41,7 +41,7 @@ def power_of_two_scale(amax: Float[Array, "..."], dtype: DTypeLike) -> Float[Arr
 
 
 def float8_matmul(x_NK: jax.Array, weight_OK: jax.Array) -> jax.Array:
-    """x weight^T of two float8 matrices in bfloat16, accumulated in float32."""
+    """Returns x weight^T of two float8 matrices in bfloat16, accumulated in float32."""
     if not has_float8_matmul(jax.default_backend()):
         x_NK, weight_OK = x_NK.astype(jnp.bfloat16), weight_OK.astype(jnp.bfloat16)
     contract_last = (((1,), (1,)), ((), ()))

@@ -8,7 +8,7 @@ modulation has one a latent frame, a norm's weight has one row).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def residual_norm(
         The residual stream in its dtype, and layer_norm(it) * weight + shift.
     """
     static = (eps, jnp.dtype(dtype), quantize)
-    function = _residual_norm if _has_kernels(dtype, x_ND.shape[1]) else residual_norm_twin
+    function: Any = _residual_norm if _has_kernels(dtype, x_ND.shape[1]) else residual_norm_twin
     x_ND, *activation = function(static, x_ND, branch_ND, gate_MD, weight_MD, shift_MD)
     return x_ND, Activation(*activation)
 
@@ -88,11 +88,11 @@ def residual_norm_twin(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _residual_norm(static: tuple, *args: jax.Array | None) -> tuple[jax.Array, ...]:
+def _residual_norm(static: tuple, *args: Any) -> tuple[jax.Array, ...]:
     return _residual_norm_forward(static, *args)[0]
 
 
-def _residual_norm_forward(static: tuple, *args: jax.Array | None) -> tuple:
+def _residual_norm_forward(static: tuple, *args: Any) -> tuple:
     eps, dtype, quantize = static
     out = kernels.residual_norm(*args, eps=eps, dtype=dtype, quantize=quantize)
     out = out if args[1] is not None else (args[0], *out)
@@ -209,7 +209,7 @@ class LinearWeights(NamedTuple):
 def linear(
     x: Activation, weights: LinearWeights, *, groups: int = 1, lora_scale: float = 0.0
 ) -> tuple[jax.Array, ...]:
-    """x W^T + b + lora_scale * (x A^T) B^T, one output [N, O / groups] a group, in x's dtype.
+    """Returns x W^T + b + lora_scale * (x A^T) B^T, in x's dtype: [N, O / groups] a group.
 
     With a float8 weight the first product is float8, forward with e4m3 and backward with e5m2;
     the adapter's products are in x's dtype. Sums are in float32 and rounded once.
@@ -376,7 +376,7 @@ def scale_add_low_rank_twin(
     columns: slice,
     transposed: bool,
 ) -> jax.Array:
-    """raw * row_scale * scale + bias + low high(^T) for some rows and columns of raw."""
+    """Some rows and columns of raw: raw * row_scale * scale + bias + low high(^T)."""
     out = raw[:num_rows, columns].astype(jnp.float32)
     if row_scale is not None:
         out = out * row_scale[:num_rows, None]
@@ -398,7 +398,7 @@ def add_gated(x_ND: jax.Array, branch_ND: jax.Array, gate_MD: Table | None) -> j
 
 
 def matmul(x: jax.Array, y: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """x y in x's dtype; float32 means float32 on a GPU too, not TF32."""
+    """Returns x y in x's dtype; float32 means float32 on a GPU too, not TF32."""
     return jnp.matmul(
         x,
         y.astype(x.dtype),

@@ -7,6 +7,7 @@ Written in Pallas for Triton: rows are independent, so there is nothing to sched
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def residual_norm(
     N, D = x_ND.shape
     has_branch, has_gate = branch_ND is not None, gate_MD is not None
 
-    def kernel(*refs: Any) -> None:
-        refs = list(refs)
+    def kernel(*arguments: Any) -> None:
+        refs = list(arguments)
         x_ref = refs.pop(0)
         branch_ref = refs.pop(0) if has_branch else None
         gate_ref = refs.pop(0) if has_gate else None
@@ -68,8 +69,8 @@ def residual_norm(
         if quantize:
             _quantize_parts(parts, _spans(D), *refs)
 
-    per_row = [x_ND] + ([branch_ND] if has_branch else [])
-    tables = ([gate_MD] if has_gate else []) + [weight_MD, shift_MD]
+    per_row = [array for array in (x_ND, branch_ND) if array is not None]
+    tables = [table for table in (gate_MD, weight_MD, shift_MD) if table is not None]
     outs = [(x_ND.dtype, D)] if has_branch else []
     outs += [(dtype, D)] + ([(FORWARD, D), (jnp.float32, 0)] if quantize else [])
     return _call_by_row(kernel, N, per_row, tables, outs, name="residual_norm", interpret=interpret)
@@ -86,12 +87,12 @@ def residual_norm_backward(
     dtype: DTypeLike | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """See ``fused.residual_norm_backward_twin``; ``dtype`` is the branch's, None without one."""
+    """The gradient of ``fused.residual_norm_twin``; ``dtype`` is the branch's, None without one."""
     N, D = x_ND.shape
     has_dx, has_gate, has_branch = dx_ND is not None, gate_MD is not None, dtype is not None
 
-    def kernel(*refs: Any) -> None:
-        refs = list(refs)
+    def kernel(*arguments: Any) -> None:
+        refs = list(arguments)
         x_ref, dy_ref = refs.pop(0), refs.pop(0)
         dx_ref = refs.pop(0) if has_dx else None
         gate_ref = refs.pop(0) if has_gate else None
@@ -113,9 +114,11 @@ def residual_norm_backward(
             if has_branch:
                 _store(refs[0], at, dx * _load(gate_ref, at) if gate_ref is not None else dx)
 
-    per_row = [x_ND, dy_ND] + ([dx_ND] if has_dx else [])
-    tables = ([gate_MD] if has_gate else []) + [weight_MD]
-    outs = [(x_ND.dtype, D)] + ([(dtype, D)] if has_branch else [])
+    per_row = [array for array in (x_ND, dy_ND, dx_ND) if array is not None]
+    tables = [table for table in (gate_MD, weight_MD) if table is not None]
+    outs: list[tuple[DTypeLike, int]] = [(x_ND.dtype, D)]
+    if dtype is not None:
+        outs.append((dtype, D))
     return _call_by_row(
         kernel, N, per_row, tables, outs, name="residual_norm_backward", interpret=interpret
     )
@@ -165,7 +168,7 @@ def norm_rope_backward(
     eps: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``fused.norm_rope_backward_twin``."""
+    """The gradient of ``fused.norm_rope_twin`` by x."""
     N, D = x_ND.shape
 
     def kernel(x_ref: Any, dy_ref: Any, weight_ref: Any, *rest: Any) -> None:
@@ -212,8 +215,8 @@ def quantize_rows(
     widths = [part.shape[1] for part in parts]
     total = sum(widths)
 
-    def kernel(*refs: Any) -> None:
-        refs = list(refs)
+    def kernel(*arguments: Any) -> None:
+        refs = list(arguments)
         x_refs = [refs.pop(0) for _ in widths]
         scale_ref = refs.pop(0) if scale_G is not None else None
         values, spans, start = [], [], 0
@@ -236,7 +239,7 @@ def quantize_rows(
 def gelu_quantize(
     x_NF: jax.Array, *, quantize: bool, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
-    """See ``fused.gelu_quantize_twin``."""
+    """See ``fused.gelu_twin``."""
     N, F = x_NF.shape
 
     def kernel(x_ref: Any, y_ref: Any, *quantized: Any) -> None:
@@ -291,8 +294,8 @@ def scale_add_low_rank(
         )
         arrays += [low_NR, high]
 
-    def kernel(raw_ref: Any, *refs: Any) -> None:
-        refs = list(refs)
+    def kernel(raw_ref: Any, *arguments: Any) -> None:
+        refs = list(arguments)
         rows = pl.program_id(0) * _TILE_ROWS + jnp.arange(_TILE_ROWS)
         inside = rows < num_rows
         mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, tile))
@@ -305,14 +308,14 @@ def scale_add_low_rank(
         bias = refs.pop(0)[:][None, :].astype(jnp.float32) if bias_C is not None else None
         if rank:
             low_ref, high_ref = refs.pop(0), refs.pop(0)
-            product = None
+            parts = []
             for start in range(0, rank, depth):
                 at = pl.ds(start, depth)
                 low_mask = jnp.broadcast_to(inside[:, None], (_TILE_ROWS, depth))
                 low = plgpu.load(low_ref.at[:, at], mask=low_mask, other=0)
                 high = (high_ref[:, at] if transposed else high_ref[at, :]).astype(low.dtype)
-                part = plgpu.dot(low, high, trans_b=transposed)
-                product = part if product is None else product + part
+                parts.append(plgpu.dot(low, high, trans_b=transposed))
+            product = functools.reduce(operator.add, parts)
             # Scaled twice, exactly, lest Triton starts the sum from raw, in the matmul's layout.
             out = out + (product if row_scale is None else product * (1 / row_scale))
         out = out if row_scale is None else out * row_scale

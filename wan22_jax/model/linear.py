@@ -138,19 +138,5 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keeps x's dtype; statistics in float32."""
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * along_last(self.weight[...], x)
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps), cast back to x's dtype, times weight."""
-
-    def __init__(self, dim: int, *, eps: float):
-        self.weight = nnx.Param(jnp.ones((dim,)))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Keeps x's dtype; statistics in float32."""
         rows = x.reshape(-1, x.shape[-1])
         return norm_rope_twin(self.eps, rows, self.weight[...], None).reshape(x.shape)

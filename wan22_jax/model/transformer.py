@@ -40,7 +40,6 @@ from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, run_blocks
 from wan22_jax.model.rope import rope_tables
 
-
 FlatState = Mapping[tuple, jax.Array]  # by path
 
 
