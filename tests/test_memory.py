@@ -47,7 +47,6 @@ def test_following_the_advice_ends_at_the_least_memory(policy):
             "activation_checkpointing": "offload_attention"
         },
         "set [model] transformer_dtype = 'float8'": {"dtype": "float8"},
-        "set blocks_to_swap = 30": {"blocks_to_swap": 30},
     }
     while "; set " in run_out(plan):
         said = run_out(plan).partition("; ")[2].partition(", or ")[0]

@@ -69,7 +69,7 @@ class Linear(nnx.Module):
 
 
 def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
-    """Runs one linear, or several of one width on the same rows: as one matmul if they are alike."""
+    """Runs one linear, or several of one width on the same rows; one matmul if alike."""
     if len({each.adapter_shape for each in linears}) > 1:
         return tuple(out for each in linears for out in project(x, each))
     weights = join_weights(*linears)

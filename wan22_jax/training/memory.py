@@ -71,6 +71,4 @@ def _next_activations(plan: MemoryPlan) -> list[str]:
 def _next_weights(plan: MemoryPlan) -> list[str]:
     if plan.dtype != "float8":
         return ["set [model] transformer_dtype = 'float8'"]
-    if plan.blocks_to_swap < plan.num_blocks:
-        return [f"set blocks_to_swap = {plan.num_blocks}"]
     return []
