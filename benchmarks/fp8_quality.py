@@ -2,9 +2,9 @@
 
 ``gradients`` compares the gradient of every adapter matrix at the 5B sizes, one by one: random
 bfloat16 weights, the same weights quantised, adapters whose B is not zero, one clip, the same
-draws. It fails if that of a layer is under 0.99. ``curve`` trains on a few synthetic clips with several
-seeds (adapter and draws) in both, and fails if a float8 curve leaves the bfloat16 curve of its seed
-by more than bfloat16 curves of different seeds differ. Both end in one line of JSON.
+draws. It fails if a layer's cosine is under 0.99. ``curve`` trains on a few synthetic clips with
+several seeds (adapter and draws) in both, and fails if a float8 curve leaves the bfloat16 curve of
+its seed by more than bfloat16 curves of different seeds differ. Both end in one line of JSON.
 
     python benchmarks/fp8_quality.py gradients --bucket 512x512x33 --seeds 0 1 2 --out gradients
     python benchmarks/fp8_quality.py curve --bucket 512x512x33 --out curve

@@ -91,8 +91,8 @@ def train(
     config = load_config(config_file, overrides)
     if config.blocks_to_swap and jax.default_backend() == "gpu":
         raise BadInput(
-            f"{config_file}: blocks_to_swap = {config.blocks_to_swap}: streamed blocks did not train "
-            "as resident ones do when this was last measured on a GPU (benchmarks/RESULTS.md); use 0"
+            f"{config_file}: blocks_to_swap = {config.blocks_to_swap}: streamed blocks did not "
+            "train as resident ones do when a GPU last measured it (benchmarks/RESULTS.md); use 0"
         )
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)
