@@ -366,7 +366,7 @@ def test_streamed_blocks_are_refused_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
     assert run("blocks_to_swap=1") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "train.toml: blocks_to_swap = 1: streamed blocks did not train" in error
+    assert "lora.toml: blocks_to_swap = 1: streamed blocks did not train" in error
     assert not Path("runs").exists()
 
 
