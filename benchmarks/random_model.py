@@ -20,9 +20,16 @@ from jax.sharding import Mesh
 
 from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.model_folder import FLOAT8, abstract_transformer
 from wan22_jax.sharding import replicated
 from wan22_jax.training.step import Frozen, compile_train_step, loss_fn, place_frozen
-from wan22_jax.weights import is_stacked, stored_dtype
+from wan22_jax.weights import (
+    is_stacked,
+    scale_of,
+    set_parameters,
+    stacked_shapes,
+    stored_dtype,
+)
 
 RANK = 32
 I2V_FRACTION = 0.2
@@ -53,26 +60,14 @@ def make_model(
             deviation of about its square.
         on_host: leave the blocks' weights in host memory, as numpy arrays.
     """
-
-    def build() -> WanTransformer:
-        model = WanTransformer(config, rngs=nnx.Rngs(0))
-        if dtype == "float8":
-            model.to_float8()
-        return model
-
-    model = nnx.eval_shape(build)
-    paths = {
-        ".".join(map(str, path)): (path, leaf)
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
+    model = abstract_transformer(config, float8=dtype == FLOAT8)
+    shapes = stacked_shapes(model)
     arrays: dict[str, Any] = {}
-    for name, (_, leaf) in paths.items():
+    for name, shape in shapes.items():
         if name.endswith(".weight_scale"):
             continue  # comes with its weight
-        shape = tuple(leaf.shape)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         mean, std = _mean_and_std(name, shape, sharpness)
-        scale_name = f"{name}_scale"
         drawn = _draw(
             key,
             mean,
@@ -80,15 +75,14 @@ def make_model(
             shape=shape,
             stacked=is_stacked(name),
             dtype=stored_dtype(name, jnp.bfloat16),
-            quantise=scale_name in paths,
+            quantise=scale_of(name) in shapes,
         )
         if on_host and is_stacked(name):
             drawn = tuple(map(np.asarray, drawn))
         arrays[name] = drawn[0]
-        if scale_name in paths:
-            arrays[scale_name] = drawn[1]
-    values = {path: leaf.replace(arrays[name]) for name, (path, leaf) in paths.items()}
-    nnx.update(model, nnx.from_flat_state(values))
+        if scale_of(name) in shapes:
+            arrays[scale_of(name)] = drawn[1]
+    set_parameters(model, arrays)
     return model
 
 

@@ -41,6 +41,7 @@ from wan22_jax.model_folder import (
     NETWORKS,
     ModelCard,
     abstract_transformer,
+    open_array,
     quantise_layer,
     tokenizer_folder,
     unquantised_dtype,
@@ -206,7 +207,7 @@ def _write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) 
     _reserve(path, plan)
     parts: dict[str, ts.TensorStore] = {}  # by official name
     for stacked_name, leaf in plan.items():
-        array = _open_array(path / stacked_name)
+        array = open_array(path / stacked_name)
         for layer, name in enumerate(official_names(stacked_name, leaf.shape)):
             parts[name] = array[layer] if is_stacked(stacked_name) else array
 
@@ -291,11 +292,6 @@ class _EmptyArrays(ocp.type_handlers.NumpyHandler):
         ts_context: ts.Context,
     ) -> None:
         await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-
-
-def _open_array(path: Path) -> ts.TensorStore:
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
-    return ts.open(spec, open=True).result()
 
 
 @contextlib.contextmanager

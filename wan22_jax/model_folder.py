@@ -185,6 +185,12 @@ def load_text_encoder(folder: Path, *, dtype: DTypeLike | None = None) -> UMT5:
     return module
 
 
+def open_array(path: Path) -> ts.TensorStore:
+    """Opens one array of a network's checkpoint, to read or fill it part by part."""
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+    return ts.open(spec, open=True).result()
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Returns where the tokenizer's files are."""
     return folder / "tokenizer"
@@ -243,8 +249,7 @@ def _restore(
 
 def _quantise_stack(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads a stacked weight as float8 values and scales; few of its layers are ever wider."""
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
-    stored = ts.open(spec, open=True).result()
+    stored = open_array(path)
     weight = np.empty(stored.shape, jnp.float8_e4m3fn)
     scale = np.empty(stored.shape[:1], np.float32)
 
