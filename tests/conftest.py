@@ -9,6 +9,17 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A tiny checkpoint in the official layout; not to be written to."""
+    from wan22_jax.demo_checkpoint import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("official")
+    write_checkpoint(folder, captions=["a cat"])
+    return folder

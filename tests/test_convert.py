@@ -37,13 +37,6 @@ TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("official")
-    write_checkpoint(folder, captions=["a cat"])
-    return folder
-
-
-@pytest.fixture(scope="module")
 def diffusers(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusers")
     write_diffusers_folder(official, folder)

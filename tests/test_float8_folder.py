@@ -18,7 +18,7 @@ import convert.weights
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, sample
-from wan22_jax.demo_checkpoint import TINY_TRANSFORMER, write_checkpoint
+from wan22_jax.demo_checkpoint import TINY_TRANSFORMER
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import load_transformer
 
@@ -27,13 +27,6 @@ TARGETS = [
     "blocks.ffn.0",
     "blocks.ffn.2",
 ]
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("official")
-    write_checkpoint(folder, captions=["a cat"])
-    return folder
 
 
 @pytest.fixture(scope="module")
