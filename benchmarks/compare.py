@@ -37,7 +37,8 @@ BEST_POLICY = {
     ("8190", "bfloat16"): "keep_attention",
     ("2304", "bfloat16"): "keep_attention",
 }
-# At 1280x704x121, by limit of the allocator in GB: the flags of the configs for small GPUs.
+# At 1280x704x121, by limit of the allocator in GB. Streamed blocks have yet to train as resident
+# ones do on a GPU: compare the losses (RESULTS.md).
 SMALL_MEMORY = {
     "24": ("--activation_checkpointing", "offload_attention", "--blocks_to_swap", "0"),
     "12": ("--activation_checkpointing", "offload_attention", "--blocks_to_swap", "20"),
