@@ -123,7 +123,7 @@ def test_gelu(quantize):
 
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("rank", [0, 5, 32])
 def test_scale_add_low_rank(transposed, scaled, rank):
     raw = draw(96, 2 * WIDTH, scale=30)  # padded rows, and columns that another call takes
     row_scale = power_of_two_scale(jnp.abs(draw(96, seed=1, dtype=jnp.float32)), FORWARD)

@@ -24,7 +24,7 @@ from wan22_jax.model.fp8 import (
     is_float8,
     power_of_two_scale,
 )
-from wan22_jax.model.rope import swap_pairs
+from wan22_jax.model.rope import apply_rope
 
 Table = jax.Array
 Rope = tuple[jax.Array, jax.Array]
@@ -138,11 +138,9 @@ def norm_rope_twin(
     y_ND = (x32_ND * rstd_N1).astype(x_ND.dtype) * weight_D.astype(x_ND.dtype)[None]
     if rope is None:
         return y_ND
-    cos_1L1K, sin_1L1K = (table[None, :, None, :] for table in rope)
     length, head_dim = rope[0].shape
-    y_BLHK = y_ND.astype(jnp.float32).reshape(-1, length, y_ND.shape[1] // head_dim, head_dim)
-    y_BLHK = y_BLHK * cos_1L1K + swap_pairs(y_BLHK) * sin_1L1K
-    return y_BLHK.reshape(y_ND.shape).astype(x_ND.dtype)
+    y_BLHK = y_ND.reshape(-1, length, y_ND.shape[1] // head_dim, head_dim)
+    return apply_rope(y_BLHK, *rope).reshape(y_ND.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,8 +233,9 @@ def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) 
         return tuple(raw_NO[:, columns] for columns, *_ in _groups(groups, w, low)), (x, w, low)
     if w.lora_A is not None:
         low = checkpoint_name(matmul(x.rows, (lora_scale * w.lora_A).T), "low_rank")
+    scale_add_low_rank = _choose_sum(raw_NO.dtype, raw_NO.shape[1] // groups)
     outs = tuple(
-        _scale_add_low_rank(
+        scale_add_low_rank(
             *(raw_NO, x.scale, scale, w.bias_O, low_g, high_g),
             num_rows=x.rows.shape[0],
             columns=columns,
@@ -267,7 +266,7 @@ def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> t
         da = matmul(dlow.T, x.rows, jnp.float32).astype(w.lora_A.dtype)
         db = [matmul(grad.T, low_g, jnp.float32) for grad, (*_, low_g, _) in parts]
         db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
-    dx = _scale_add_low_rank(
+    dx = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
         *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
         num_rows=x.rows.shape[0],
         columns=slice(0, raw_NI.shape[1]),
@@ -332,36 +331,10 @@ def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]
     return found
 
 
-def _scale_add_low_rank(
-    raw: jax.Array,
-    row_scale: jax.Array | None,
-    scale_1: jax.Array | None,
-    bias: jax.Array | None,
-    low: jax.Array | None,
-    high: jax.Array | None,
-    *,
-    num_rows: int,
-    columns: slice,
-    transposed: bool,
-) -> jax.Array:
-    if not _has_kernels(raw.dtype, columns.stop - columns.start):
-        return scale_add_low_rank_twin(
-            *(raw, row_scale, scale_1, bias, low, high),
-            num_rows=num_rows,
-            columns=columns,
-            transposed=transposed,
-        )
-    if low is not None and high is not None:
-        pad = -low.shape[1] % 16
-        if pad:
-            high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
-            low = jnp.pad(low, ((0, 0), (0, pad)))
-    return kernels.scale_add_low_rank(
-        *(raw, row_scale, scale_1, bias, low, high),
-        num_rows=num_rows,
-        columns=columns,
-        transposed=transposed,
-    )
+def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
+    """``scale_add_low_rank_twin`` or its kernel."""
+    fused = _has_kernels(dtype, width)
+    return kernels.scale_add_low_rank if fused else scale_add_low_rank_twin
 
 
 def scale_add_low_rank_twin(

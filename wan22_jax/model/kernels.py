@@ -101,7 +101,7 @@ def residual_norm_backward(
         parts = [_load(x_ref, at) for at in spans]
         mean = sum(jnp.sum(x) for x in parts) / D
         parts = [x - mean for x in parts]
-        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+        rstd = _rstd(parts, D, eps)
         parts = [x * rstd for x in parts]
         grads = [_load(dy_ref, at) * _load(weight_ref, at) for at in spans]
         mean_grad = sum(jnp.sum(g) for g in grads) / D
@@ -138,7 +138,7 @@ def norm_rope(
     def kernel(x_ref: Any, weight_ref: Any, *rest: Any) -> None:
         cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
         parts = [_load(x_ref, at) for at in _spans(D)]
-        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+        rstd = _rstd(parts, D, eps)
 
         def normalised(at: Any) -> jax.Array:
             x = (_load(x_ref, at) * rstd).astype(x_ND.dtype).astype(jnp.float32)
@@ -175,7 +175,7 @@ def norm_rope_backward(
         cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
         spans = _spans(D)
         parts = [_load(x_ref, at) for at in spans]
-        rstd = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / D + eps)
+        rstd = _rstd(parts, D, eps)
         parts = [x * rstd for x in parts]
         grads = []
         for at in spans:
@@ -285,6 +285,9 @@ def scale_add_low_rank(
         arrays.append(bias_C)
     rank = depth = 0
     if low_NR is not None and high is not None:
+        if pad := -low_NR.shape[1] % 16:  # the least depth of a matmul
+            high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
+            low_NR = jnp.pad(low_NR, ((0, 0), (0, pad)))
         rank = low_NR.shape[1]
         depth = min(rank & -rank, 64)
         specs.append(pl.BlockSpec((_TILE_ROWS, rank), lambda i, j: (i, 0)))  # noqa: ARG005
@@ -406,6 +409,10 @@ def _store(ref: Any, at: Any, value: jax.Array) -> jax.Array:
     value = value.astype(ref.dtype)
     plgpu.store(ref.at[at], value)
     return value
+
+
+def _rstd(parts: Sequence[jax.Array], width: int, eps: float) -> jax.Array:
+    return jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / width + eps)
 
 
 def _pairs(at: Any) -> tuple[jax.Array, jax.Array]:

@@ -16,9 +16,10 @@ from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.fused import (
     Activation,
     LinearWeights,
+    Rope,
     gelu_linear,
-    layer_norm,
     linear,
+    norm_rope,
     norm_rope_twin,
     quantize,
 )
@@ -61,10 +62,13 @@ class Linear(nnx.Module):
         """Whether the input is wanted in float8 too."""
         return self.weight_scale is not None
 
+    def activate(self, rows: jax.Array) -> Activation:
+        """Gives rows [N, in] the form in which ``project`` takes them for this layer."""
+        return quantize(rows) if self.is_float8 else Activation(rows)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        (y,) = project(quantize(rows) if self.is_float8 else Activation(rows), self)
+        (y,) = project(self.activate(x.reshape(-1, x.shape[-1])), self)
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -116,17 +120,11 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis with weight and bias; statistics and result in float32."""
+    """Weight and bias of a layer norm, which ``fused.residual_norm`` computes."""
 
-    def __init__(self, dim: int, *, eps: float):
+    def __init__(self, dim: int):
         self.weight = nnx.Param(jnp.ones((dim,)))
         self.bias = nnx.Param(jnp.zeros((dim,)))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns float32; the caller casts."""
-        y = layer_norm(x, eps=self.eps)
-        return y * along_last(self.weight[...], y) + along_last(self.bias[...], y)
 
 
 class RMSNorm(nnx.Module):
@@ -140,3 +138,7 @@ class RMSNorm(nnx.Module):
         """Keeps x's dtype; statistics in float32."""
         rows = x.reshape(-1, x.shape[-1])
         return norm_rope_twin(self.eps, rows, self.weight[...], None).reshape(x.shape)
+
+    def rotate(self, x_ND: jax.Array, rope: Rope | None) -> jax.Array:
+        """Normalises rows and rotates them, see ``fused.norm_rope``."""
+        return norm_rope(x_ND, self.weight[...], rope, eps=self.eps)

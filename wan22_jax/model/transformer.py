@@ -23,8 +23,6 @@ from wan22_jax.model.fused import (
     Rope,
     add_gated,
     layer_norm,
-    norm_rope,
-    quantize,
     residual_norm,
 )
 from wan22_jax.model.linear import (
@@ -122,8 +120,7 @@ class WanTransformer(nnx.Module):
         text_BSD = self._embed_text(jnp.asarray(text_BSE, dtype))
         time_BTD, time_BTMD = self._embed_time(jnp.asarray(sigma_BT, jnp.float32))
         rope = rope_tables(grid_TYX, config.dim // config.num_heads)
-        text_ND = text_BSD.reshape(-1, config.dim)
-        text = quantize(text_ND) if self.blocks.ffn["0"].is_float8 else Activation(text_ND)
+        text = self.blocks.cross_attn.k.activate(text_BSD.reshape(-1, config.dim))
         graphdef, trainable, frozen = nnx.split(self.blocks, LoRAParam, ...)
 
         def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
@@ -207,7 +204,7 @@ class Block(nnx.Module):
             jax.random.normal(rngs.params(), (1, 6, config.dim)) / np.sqrt(config.dim)
         )
         self.self_attn = Attention(config, rngs=rngs)
-        self.norm3 = LayerNorm(config.dim, eps=config.eps)
+        self.norm3 = LayerNorm(config.dim)
         self.cross_attn = Attention(config, rngs=rngs)
         self.ffn = nnx.Dict(
             {
@@ -253,7 +250,6 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.num_heads = config.num_heads
-        self.eps = config.eps
         self.q = Linear(dim, dim, rngs=rngs)
         self.k = Linear(dim, dim, rngs=rngs)
         self.v = Linear(dim, dim, rngs=rngs)
@@ -264,8 +260,7 @@ class Attention(nnx.Module):
     def attend_to_itself(self, x: Activation, rope: Rope, *, batch: int) -> jax.Array:
         """Self-attention of the rows of each example; q and k are rotated."""
         q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
-        q_ND = norm_rope(q_ND, self.norm_q.weight[...], rope, eps=self.eps)
-        k_ND = norm_rope(k_ND, self.norm_k.weight[...], rope, eps=self.eps)
+        q_ND, k_ND = self.norm_q.rotate(q_ND, rope), self.norm_k.rotate(k_ND, rope)
         q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
         return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "attention"), "o")
 
@@ -273,8 +268,7 @@ class Attention(nnx.Module):
         """Cross-attention from the rows of each example to its text."""
         q_ND = checkpoint_name(project(x, self.q)[0], "cross_q")
         k_ND, v_ND = project(text, self.k, self.v)
-        q_ND = norm_rope(q_ND, self.norm_q.weight[...], None, eps=self.eps)
-        k_ND = norm_rope(k_ND, self.norm_k.weight[...], None, eps=self.eps)
+        q_ND, k_ND = self.norm_q.rotate(q_ND, None), self.norm_k.rotate(k_ND, None)
         return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "cross_attention"), "cross_o")
 
     def _attend(
@@ -285,7 +279,7 @@ class Attention(nnx.Module):
             for x in (q_ND, k_ND, v_ND)
         )
         rows_ND = attend(*heads, name=name).reshape(q_ND.shape)
-        (out_ND,) = project(quantize(rows_ND) if self.o.is_float8 else Activation(rows_ND), self.o)
+        (out_ND,) = project(self.o.activate(rows_ND), self.o)
         return out_ND
 
 
