@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_is_one_line(official, monkeypatch, capsys, tmp_pat
     def fail(_):
         raise ValueError(f"RESOURCE_EXHAUSTED: writing x: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr(convert.weights, "_open_array", fail)
+    monkeypatch.setattr(convert.weights, "open_array", fail)
     out = tmp_path / "out"
     assert main(["--ckpt_path", str(official), "--out", str(out)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
