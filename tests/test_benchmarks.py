@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.fp8 import quantize_weight
@@ -38,6 +39,21 @@ def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
     assert np.isfinite(result["loss"])
     assert "fusion" in done.stdout  # of the table
     assert "ms/step in all" in done.stdout
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+def test_the_one_kernel_matmul_is_right():
+    words = [sys.executable, str(BENCHMARKS / "time_matmul.py"), "--interpret"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]),
+        "JAX_PLATFORMS": "cpu",
+        # Each warpgroup waits in a thread of its own, and XLA has as many as devices.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
+    }
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    error = json.loads(done.stdout.rpartition("RESULT ")[2])["error"]
+    assert error <= 2.0**-8  # one rounding to bfloat16
 
 
 def test_flops_at_full_size():

@@ -1,0 +1,306 @@
+"""A float8 matmul that adds scales, bias and the adapter before it writes: a candidate for Hopper.
+
+Today cuBLAS writes x W^T and ``scale_add_low_rank`` reads it, scales it, adds bias and low B^T and
+writes it again: 145 of 2,690 ms at 27,280 tokens, 10 of 100 at 2,304 (RESULTS.md). Here one Mosaic
+GPU kernel does both: the adapter's product is one more step of the sum in the same accumulators.
+
+A block (two warpgroups that multiply, one that loads) makes tiles of 128 rows and 256 columns, one
+after another; the loads of the next tile go on while this one is finished. Two neighbouring blocks
+share each tile of the weight, so that level 2 cache is read a third less.
+
+``time_matmul.py`` measures it, and checks it on a CPU. It needs jax 0.11 and a GPU of compute
+capability 9.0. It has not run on one yet; compiled for one it does not spill (168 registers), and
+the four multiplications of a step follow each other at once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128  # of a tile; depth of one step
+WARPGROUPS = 2  # that multiply, each its half of the rows
+OUT_COLUMNS = 64  # stored at once
+
+
+class Schedule(NamedTuple):
+    """What may be tuned; the result does not depend on it."""
+
+    stages: int = 4  # steps that are loaded ahead
+    cluster: int = 2  # blocks that share the tiles of the weight
+    band: int = 8  # column tiles that are gone through together
+
+
+DEFAULT = Schedule()
+
+
+def matmul_sum(
+    x_NK: jax.Array,
+    weight_OK: jax.Array,
+    row_scale_N: jax.Array | None,
+    scale_G: jax.Array | None,
+    bias_O: jax.Array | None,
+    low_NR: jax.Array | None,
+    high: jax.Array | None,
+    *,
+    num_rows: int,
+    groups: int = 1,
+    transposed: bool,
+    num_cores: int,
+    schedule: Schedule = DEFAULT,
+    interpret: Any = None,
+) -> list[jax.Array]:
+    """Returns (x W^T + low high(^T)) * row_scale * scale + bias in bfloat16, split by group.
+
+    Args:
+        x_NK: float8 rows, or bfloat16 as the weight; more than ``num_rows`` may be there.
+        weight_OK: float8, O a multiple of 256 a group, K of 128 bytes.
+        row_scale_N: one a row of x, float32; None for 1.
+        scale_G: one a group of columns, float32; with a row scale only.
+        bias_O: bfloat16 or None.
+        low_NR: bfloat16 [num_rows, groups * R] if transposed, else [num_rows, R], R a multiple of
+            16; divided by the scales. None without an adapter.
+        high: bfloat16 [O, R] if transposed, else [R, O].
+        num_rows: of the result.
+        groups: results of equal width.
+        transposed: whether ``high`` is.
+        num_cores: multiprocessors of the GPU.
+        schedule: see there.
+        interpret: parameters of Pallas' interpret mode.
+    """
+    stages, cluster, band = schedule
+    num_columns, width = weight_OK.shape[0], weight_OK.shape[0] // groups
+    step = DEPTH_BYTES // x_NK.dtype.itemsize
+    num_steps = x_NK.shape[1] // step
+    rank = 0 if low_NR is None else low_NR.shape[1] // (groups if transposed else 1)
+    part = min(64, rank & -rank)  # of the rank, in one step
+    num_parts = rank // part if rank else 0
+    assert width % COLUMNS == 0
+    assert x_NK.shape[1] % step == 0
+    assert rank % 16 == 0
+    grid = (pl.cdiv(num_rows, ROWS * cluster), num_columns // COLUMNS)  # of tiles of a cluster
+    num_clusters = num_cores // cluster
+    names = ("x", "weight", "row_scale", "scale", "bias", "low", "high")
+    arrays = (x_NK, weight_OK, row_scale_N, scale_G, bias_O, low_NR, high)
+    given = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
+    extras = {"row_scale": ROWS, "bias": COLUMNS}  # loaded once a tile
+    extras = {name: size for name, size in extras.items() if name in given}
+
+    # A step's operands, or those of the adapter in their place. Both layouts have equal strides.
+    operands = plgpu.SMEM((stages, ROWS, step), x_NK.dtype, transforms=_swizzled(step, x_NK.dtype))
+    weights = plgpu.SMEM(
+        (stages, COLUMNS, step), weight_OK.dtype, transforms=_swizzled(step, weight_OK.dtype)
+    )
+    scratch: dict[str, Any] = {"x_smem": operands, "w_smem": weights}
+    if low_NR is not None:
+        fold, swizzled = 64 // part, _swizzled(part, jnp.bfloat16)
+        high_shape = (COLUMNS, part) if transposed else (part, COLUMNS)
+        low = plgpu.SMEM((stages, fold, ROWS, part), jnp.bfloat16, transforms=swizzled)
+        highs = plgpu.SMEM((stages, fold, *high_shape), jnp.bfloat16, transforms=swizzled)
+        scratch = {
+            "x_smem": plgpu.RefUnion(operands, low),
+            "w_smem": plgpu.RefUnion(weights, highs),
+        }
+    scratch |= {
+        "extra_smem": [plgpu.SMEM((size,), given[name].dtype) for name, size in extras.items()],
+        "out_smem": plgpu.SMEM(
+            (WARPGROUPS, 2, ROWS // WARPGROUPS, OUT_COLUMNS),
+            jnp.bfloat16,
+            transforms=(plgpu.SwizzleTransform(128),),
+        ),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "free": _barrier(cluster, num_barriers=stages),
+        "extras_full": plgpu.Barrier(num_arrivals=max(1, len(extras))),
+        "extras_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
+
+    def kernel(*refs: Any, x_smem: Any, w_smem: Any, **scratch: Any) -> None:
+        inputs = dict(zip(given, refs, strict=False))
+        outputs = refs[len(given) :]
+        x_smem, low_smem = x_smem if rank else (x_smem, None)
+        w_smem, high_smem = w_smem if rank else (w_smem, None)
+        full, free = scratch["full"], scratch["free"]
+        extras_full, extras_free = scratch["extras_full"], scratch["extras_free"]
+        out_smem = scratch["out_smem"]
+        extra_smem = dict(zip(extras, scratch["extra_smem"], strict=True))
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        first = lax.axis_index("cluster")
+        num_tiles = lax.div(grid[0] * grid[1] - first + num_clusters - 1, jnp.int32(num_clusters))
+
+        def place(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+            row, column = plgpu.planar_snake(first + tile * num_clusters, grid, 1, band)
+            return (row * cluster + block) * ROWS, column * COLUMNS
+
+        def slot_of(count: jax.Array) -> jax.Array:
+            return lax.rem(count, jnp.int32(stages))
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            share = {"collective_axes": ("block",)} if cluster > 1 else {}
+
+            def load(count: jax.Array, x: Any, w: Any, x_to: Any, w_to: Any) -> None:
+                slot = slot_of(count)
+
+                @pl.when(count >= stages)
+                def _wait() -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+                plgpu.copy_gmem_to_smem(x, x_to(slot), full.at[slot])
+                plgpu.copy_gmem_to_smem(w, w_to(slot), full.at[slot], **share)
+
+            def load_tile(tile: jax.Array, count: jax.Array) -> jax.Array:
+                row, column = place(tile)
+                rows, columns = pl.ds(row, ROWS), pl.ds(column, COLUMNS)
+
+                def load_step(k: jax.Array, _: None) -> None:
+                    at = pl.ds(k * step, step)
+                    load(
+                        count + k,
+                        inputs["x"].at[rows, at],
+                        inputs["weight"].at[columns, at],
+                        lambda slot: x_smem.at[slot],
+                        lambda slot: w_smem.at[slot],
+                    )
+
+                lax.fori_loop(0, num_steps, load_step, None)
+                start = lax.div(column, jnp.int32(width)) * rank if transposed else 0
+                for index in range(num_parts):
+                    at = pl.ds(index * part, part)
+                    load(
+                        count + num_steps + index,
+                        inputs["low"].at[rows, pl.ds(start + index * part, part)],
+                        inputs["high"].at[(columns, at) if transposed else (at, columns)],
+                        lambda slot: low_smem.at[slot, 0],
+                        lambda slot: high_smem.at[slot, 0],
+                    )
+                if extras:
+
+                    @pl.when(tile > 0)
+                    def _wait() -> None:
+                        plgpu.barrier_wait(extras_free)
+
+                    for name, span in (("row_scale", rows), ("bias", columns)):
+                        if name in extras:
+                            source = inputs[name].at[span]
+                            plgpu.copy_gmem_to_smem(source, extra_smem[name], extras_full)
+                return count + num_steps + num_parts
+
+            count = lax.fori_loop(0, num_tiles, load_tile, jnp.int32(0))
+            # Every arrival is waited for, lest one comes from the other block after this has ended.
+
+            def drain(count: jax.Array, _: None) -> None:
+                plgpu.barrier_wait(free.at[slot_of(count)])
+
+            lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+            if extras:
+
+                @pl.when(num_tiles > 0)
+                def _wait() -> None:
+                    plgpu.barrier_wait(extras_free)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _multiply() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            height = ROWS // WARPGROUPS
+            mine = pl.ds(warpgroup * height, height)
+
+            def multiply_tile(tile: jax.Array, count: jax.Array) -> jax.Array:
+                row, column = place(tile)
+                group = lax.div(column, jnp.int32(width))
+
+                def multiply(sum_ref: Any) -> jax.Array:
+                    def multiply_step(k: jax.Array, sum_ref: Any) -> Any:
+                        slot = slot_of(count + k)
+                        plgpu.barrier_wait(full.at[slot])
+                        weight = w_smem.at[slot].transpose((1, 0))
+                        plgpu.wgmma(sum_ref, x_smem.at[slot, mine], weight)
+                        plgpu.wgmma_wait(1)  # for the step before
+
+                        @pl.when(k > 0)
+                        def _release() -> None:
+                            plgpu.barrier_arrive(free.at[slot_of(count + k - 1)])
+
+                        return sum_ref
+
+                    lax.fori_loop(0, num_steps, multiply_step, sum_ref)
+                    for index in range(num_parts):
+                        slot = slot_of(count + num_steps + index)
+                        plgpu.barrier_wait(full.at[slot])
+                        other = high_smem.at[slot, 0]
+                        other = other.transpose((1, 0)) if transposed else other
+                        plgpu.wgmma(sum_ref, low_smem.at[slot, 0, mine], other)
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(free.at[slot_of(count + num_steps + index - 1)])
+                    plgpu.wgmma_wait(0)
+                    last = count + num_steps + num_parts - 1
+                    plgpu.barrier_arrive(free.at[slot_of(last)])
+                    return sum_ref[...]
+
+                sums = pl.run_scoped(multiply, plgpu.ACC((height, COLUMNS), jnp.float32))
+                if extras:
+                    plgpu.barrier_wait(extras_full)
+                if row_scale_N is not None:
+                    scale = _read(extra_smem["row_scale"].at[mine], plgpu.Layout.WGMMA.reduce(1))
+                    scale = scale if scale_G is None else scale * inputs["scale"][group]
+                    sums = sums * lax.broadcast_in_dim(scale, sums.shape, [0])
+
+                def store(start: int) -> None:
+                    out = sums[:, start : start + OUT_COLUMNS]
+                    if bias_O is not None:
+                        at = extra_smem["bias"].at[pl.ds(start, OUT_COLUMNS)]
+                        bias = _read(at, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+                        out = out + lax.broadcast_in_dim(bias, out.shape, [1])
+                    staged = out_smem.at[warpgroup, (start // OUT_COLUMNS) % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    staged[...] = out.astype(jnp.bfloat16)
+                    plgpu.commit_smem()
+                    rows = pl.ds(row + warpgroup * height, height)
+                    columns = pl.ds(column - group * width + start, OUT_COLUMNS)
+                    for index, output in enumerate(outputs):
+
+                        @pl.when(group == index)
+                        def _copy(output: Any = output) -> None:
+                            plgpu.copy_smem_to_gmem(staged, output.at[rows, columns])
+
+                for start in range(0, COLUMNS, OUT_COLUMNS):
+                    store(start)
+                if extras:
+                    plgpu.barrier_arrive(extras_free)
+                return count + num_steps + num_parts
+
+            lax.fori_loop(0, num_tiles, multiply_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16)] * groups,
+        scratch_types=scratch,
+        grid=(num_clusters,),
+        grid_names=("cluster",),
+        cluster=(cluster,),
+        cluster_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        interpret=interpret,
+    )(*given.values())
+
+
+def _swizzled(width: int, dtype: DTypeLike) -> tuple:
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(width * itemsize * 8)
+    return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def _barrier(cluster: int, **options: Any) -> Any:
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=WARPGROUPS, **options)
+    return plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=WARPGROUPS, **options)
+
+
+def _read(ref: Any, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)

@@ -1,0 +1,217 @@
+"""Is one kernel for matmul, scales, bias and adapter faster than two? On one H100.
+
+Every linear of a block, forward and backward, at the token counts of the published figures: cuBLAS
+and ``scale_add_low_rank`` as the train step calls them, against ``hopper_matmul.matmul_sum``.
+
+    python benchmarks/time_matmul.py
+    python benchmarks/time_matmul.py --interpret    # is it right? on a CPU, with jax 0.11 or newer
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hopper_matmul import Schedule, matmul_sum
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from wan22_jax.model import kernels
+from wan22_jax.model.fp8 import BACKWARD, FORWARD, float8_matmul
+
+
+class Case(NamedTuple):
+    """One linear of a block in one direction."""
+
+    name: str
+    num_in: int
+    num_out: int  # of all groups
+    groups: int
+    rank: int  # of one group forward, of all of them backward
+    forward: bool
+    count: int  # of it in a block
+
+
+FORWARD_CASES = (
+    Case("self q, k, v", 3072, 9216, 3, 32, True, 1),
+    Case("o, cross q, cross o", 3072, 3072, 1, 32, True, 3),
+    Case("ffn.0", 3072, 14336, 1, 32, True, 1),
+    Case("ffn.2", 14336, 3072, 1, 32, True, 1),
+)
+BACKWARD_CASES = (
+    Case("self q, k, v", 9216, 3072, 1, 96, False, 1),
+    Case("o, cross q, cross o", 3072, 3072, 1, 32, False, 3),
+    Case("ffn.0", 14336, 3072, 1, 32, False, 1),
+    Case("ffn.2", 3072, 14336, 1, 32, False, 1),
+)
+SCHEDULES = tuple(
+    Schedule(stages, cluster, band)
+    for stages, cluster in ((4, 2), (4, 1), (3, 2))
+    for band in (4, 8, 16)
+)
+NUM_CALLS, NUM_WEIGHTS = 8, 4  # more weights than level 2 cache holds, as in a step
+TINY = Case("tiny", 256, 768, 3, 32, True, 1), Case("tiny", 512, 256, 1, 96, False, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2304, 8190, 27280])
+    parser.add_argument("--interpret", action="store_true", help="check tiny sizes without a GPU")
+    args = parser.parse_args()
+    if args.interpret:
+        errors = [check(case, 206, interpret=True, cluster=n) for case in TINY for n in (1, 2)]
+        print("RESULT " + json.dumps({"error": max(errors)}))
+        return
+    for tokens in args.tokens:
+        now_ms = best_ms = 0.0
+        print("| tokens | linear | now us | one kernel us | TFLOP/s | ratio | error | schedule |")
+        print("| --- " * 8 + "|")
+        for case in (*FORWARD_CASES, *BACKWARD_CASES):
+            now_s, error = time_now(case, tokens), check(case, tokens)
+            best_s, best = min((time_sum(case, tokens, each), each) for each in SCHEDULES)
+            flops = 2 * tokens * case.num_in * case.num_out
+            way = "forward" if case.forward else "backward"
+            cells = (
+                *(f"{tokens:,}", f"{case.name}, {way}", f"{1e6 * now_s:.0f}"),
+                *(f"{1e6 * best_s:.0f}", f"{flops / best_s / 1e12:.0f}"),
+                *(f"{now_s / best_s:.2f}", f"{error:.1e}", " ".join(map(str, best))),
+            )
+            print("| " + " | ".join(cells) + " |", flush=True)
+            now_ms += 30 * case.count * 1e3 * now_s
+            best_ms += 30 * case.count * 1e3 * best_s
+        saved = {"tokens": tokens, "now_ms": round(now_ms, 2), "one_kernel_ms": round(best_ms, 2)}
+        print("RESULT " + json.dumps(saved), flush=True)
+
+
+def draw(case: Case, tokens: int, *, num_weights: int = 1) -> tuple[list[Any], list[jax.Array]]:
+    """Draws (x, row_scale, scale, bias, low, high) and weights; rows are padded as in a step."""
+    key = iter(jax.random.split(jax.random.key(0), 8 + num_weights))
+    padded = -(-tokens // kernels.ROWS) * kernels.ROWS
+    total = case.rank * case.groups
+    dtype = FORWARD if case.forward else BACKWARD
+    x = jax.random.normal(next(key), (padded, case.num_in)).astype(dtype)
+    row_scale = 2.0 ** jax.random.randint(next(key), (padded,), -3, 3).astype(jnp.float32)
+    scale = 2.0 ** jax.random.randint(next(key), (case.groups,), -3, 3).astype(jnp.float32)
+    bias = jax.random.normal(next(key), (case.num_out,), jnp.bfloat16)
+    low = jax.random.normal(next(key), (padded, total), jnp.bfloat16)
+    shape = (case.num_out, case.rank) if case.forward else (total, case.num_out)
+    high = jax.random.normal(next(key), shape, jnp.bfloat16)
+    weights = [
+        jax.random.normal(next(key), (case.num_out, case.num_in)).astype(FORWARD)
+        for _ in range(num_weights)
+    ]
+    ends = [scale, bias] if case.forward else [None, None]
+    return [x, row_scale, *ends, low, high], weights
+
+
+def run_now(case: Case, tokens: int, weight: jax.Array, *operands: Any) -> list[jax.Array]:
+    """cuBLAS, then the pass that adds the rest."""
+    x, row_scale, scale, bias, low, high = operands
+    raw = float8_matmul(x, weight)
+    width = case.num_out // case.groups
+    outs = []
+    for group in range(case.groups):
+        columns = slice(group * width, (group + 1) * width)
+        low_g = low[:tokens, group * case.rank : (group + 1) * case.rank]
+        high_g = high[columns] if case.forward else high
+        scale_g = None if scale is None else scale[group : group + 1]
+        args = (raw, row_scale, scale_g, bias, low_g, high_g)
+        options = {"num_rows": tokens, "columns": columns, "transposed": case.forward}
+        outs.append(kernels.scale_add_low_rank(*args, **options))
+    return outs
+
+
+def run_sum(
+    case: Case,
+    tokens: int,
+    schedule: Schedule,
+    num_cores: int,
+    interpret: Any,
+    weight: jax.Array,
+    *operands: Any,
+) -> list[jax.Array]:
+    """The one kernel; the adapter's activations are divided by the scales first."""
+    x, row_scale, scale, bias, low, high = operands
+    divisor = row_scale[:, None]
+    if scale is not None:
+        divisor = divisor * jnp.repeat(scale, case.rank)[None]
+    return matmul_sum(
+        *(x, weight, row_scale, scale, bias, (low / divisor).astype(low.dtype), high),
+        num_rows=tokens,
+        groups=case.groups,
+        transposed=case.forward,
+        num_cores=num_cores,
+        schedule=schedule,
+        interpret=interpret,
+    )
+
+
+def check(case: Case, tokens: int, *, interpret: bool = False, cluster: int = 2) -> float:
+    """Returns the largest error in the first and last rows, relative to |result| + its size."""
+    operands, (weight,) = draw(case, tokens)
+    schedule = Schedule(cluster=cluster)
+    mode = InterpretGPUParams() if interpret else None
+    num_cores = 4 if interpret else jax.local_devices()[0].core_count
+    outs = jax.jit(partial(run_sum, case, tokens, schedule, num_cores, mode))(weight, *operands)
+    got = np.concatenate([np.asarray(out, np.float64) for out in outs], axis=1)
+    x, row_scale, scale, bias, low, high = (
+        None if array is None else np.asarray(array, np.float64) for array in operands
+    )
+    assert got.shape == (tokens, case.num_out)
+    error = 0.0
+    for rows in (slice(0, 48), slice(tokens - 48, tokens)):
+        wanted = (x[rows] @ np.asarray(weight, np.float64).T) * row_scale[rows, None]
+        if case.forward:
+            wanted = wanted * np.repeat(scale, case.num_out // case.groups) + bias
+            for group, columns in enumerate(np.split(np.arange(case.num_out), case.groups)):
+                low_g = low[rows, group * case.rank : (group + 1) * case.rank]
+                wanted[:, columns] += low_g @ high[columns].T
+        else:
+            wanted += low[rows] @ high
+        errors = np.abs(got[rows] - wanted) / (np.abs(wanted) + np.std(wanted))
+        error = max(error, float(errors.max()))
+    return error
+
+
+def time_now(case: Case, tokens: int) -> float:
+    """Seconds of one call."""
+    return time_calls(case, tokens, partial(run_now, case, tokens))
+
+
+def time_sum(case: Case, tokens: int, schedule: Schedule) -> float:
+    """Seconds of one call."""
+    num_cores = jax.local_devices()[0].core_count
+    return time_calls(case, tokens, partial(run_sum, case, tokens, schedule, num_cores, None))
+
+
+def time_calls(case: Case, tokens: int, run: Callable[..., list[jax.Array]]) -> float:
+    """The median time of a call among several in one program, each with weights of its own."""
+    (x, row_scale, *rest), weights = draw(case, tokens, num_weights=NUM_WEIGHTS)
+    row_scales = [row_scale * 2.0**n for n in range(NUM_CALLS)]  # no two calls are the same
+
+    @jax.jit
+    def run_all(row_scales: list[jax.Array]) -> list[jax.Array]:
+        calls = (
+            run(weights[number % NUM_WEIGHTS], x, row_scale, *rest)
+            for number, row_scale in enumerate(row_scales)
+        )
+        return [out[0, 0] for outs in calls for out in outs]
+
+    jax.block_until_ready(run_all(row_scales))
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(run_all(row_scales))
+        seconds.append((time.perf_counter() - start) / NUM_CALLS)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
