@@ -138,8 +138,8 @@ def norm_rope_twin(
     y_ND = (x32_ND * rstd_N1).astype(x_ND.dtype) * weight_D.astype(x_ND.dtype)[None]
     if rope is None:
         return y_ND
-    length, head_dim = rope[0].shape
-    y_BLHK = y_ND.reshape(-1, length, y_ND.shape[1] // head_dim, head_dim)
+    L, P = rope[0].shape
+    y_BLHK = y_ND.reshape(-1, L, y_ND.shape[1] // (2 * P), 2 * P)
     return apply_rope(y_BLHK, *rope).reshape(y_ND.shape)
 
 

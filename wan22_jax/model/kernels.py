@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
+from wan22_jax.model.rope import rotate_pairs
 
 ROWS = 16  # float8 matmuls want a multiple of so many rows: float8 outputs are padded to it
 _TILE_ROWS, _TILE_COLUMNS, _TILE_WARPS = 32, 128, 4  # measured, benchmarks/RESULTS.md
@@ -136,20 +137,15 @@ def norm_rope(
     N, D = x_ND.shape
 
     def kernel(x_ref: Any, weight_ref: Any, *rest: Any) -> None:
-        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        *tables, out_ref = rest
         parts = [_load(x_ref, at) for at in _spans(D)]
         rstd = _rstd(parts, D, eps)
-
-        def normalised(at: Any) -> jax.Array:
-            x = (_load(x_ref, at) * rstd).astype(x_ND.dtype).astype(jnp.float32)
-            return (x * _load(weight_ref, at)).astype(x_ND.dtype).astype(jnp.float32)
-
-        for at in _spans(D):
-            y = normalised(at)
-            if cos_ref is not None:
-                lane, swapped = _pairs(at)
-                channel = lane % cos_ref.shape[-1]
-                y = y * _load(cos_ref, channel) + normalised(swapped) * _load(sin_ref, channel)
+        for at, x in zip(_spans(D), parts, strict=True):
+            y = (x * rstd).astype(x_ND.dtype).astype(jnp.float32)
+            y = (y * _load(weight_ref, at)).astype(x_ND.dtype).astype(jnp.float32)
+            if tables:
+                cos, sin = _load_angles(tables, at)
+                y = _join_pairs(*rotate_pairs(*_split_pairs(y), cos, sin))
             _store(out_ref, at, y)
 
     per_row, tables = [x_ND], [weight_D[None]]
@@ -172,7 +168,7 @@ def norm_rope_backward(
     N, D = x_ND.shape
 
     def kernel(x_ref: Any, dy_ref: Any, weight_ref: Any, *rest: Any) -> None:
-        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        *tables, out_ref = rest
         spans = _spans(D)
         parts = [_load(x_ref, at) for at in spans]
         rstd = _rstd(parts, D, eps)
@@ -180,10 +176,9 @@ def norm_rope_backward(
         grads = []
         for at in spans:
             dy = _load(dy_ref, at)
-            if cos_ref is not None:
-                lane, swapped = _pairs(at)
-                channel = lane % cos_ref.shape[-1]
-                dy = dy * _load(cos_ref, channel) - _load(dy_ref, swapped) * _load(sin_ref, channel)
+            if tables:
+                cos, sin = _load_angles(tables, at)
+                dy = _join_pairs(*rotate_pairs(*_split_pairs(dy), cos, -sin))
             grads.append(dy * _load(weight_ref, at))
         mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
         for at, x, grad in zip(spans, parts, grads, strict=True):
@@ -415,9 +410,21 @@ def _rstd(parts: Sequence[jax.Array], width: int, eps: float) -> jax.Array:
     return jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / width + eps)
 
 
-def _pairs(at: Any) -> tuple[jax.Array, jax.Array]:
-    lane = at.start + jnp.arange(at.size)
-    return lane, lane ^ 1
+def _load_angles(tables: Sequence[Any], at: Any) -> list[jax.Array]:
+    """Cosine and sine of each pair of channels; all heads rotate alike."""
+    pair = at.start // 2 + jnp.arange(at.size // 2)
+    # Not %, whose care for signs hides from Triton that neighbours are loaded.
+    return [plgpu.load(ref.at[jax.lax.rem(pair, ref.shape[-1])]) for ref in tables]
+
+
+def _split_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd channels; a thread holds neighbours, so that nothing moves."""
+    even, odd = jax.lax.split(x.reshape(-1, 2), (1, 1), axis=1)
+    return even.reshape(-1), odd.reshape(-1)
+
+
+def _join_pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
+    return jnp.stack([even, odd], axis=1).reshape(-1)
 
 
 def _quantize_parts(
