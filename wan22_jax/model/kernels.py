@@ -8,7 +8,7 @@ Written in Pallas for Triton: rows are independent, so there is nothing to sched
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -61,8 +61,8 @@ def residual_norm(
                 x = x + (branch * _load(gate_ref, at) if gate_ref is not None else branch)
                 x = _store(x_out, at, x).astype(jnp.float32)
             parts.append(x)
-        mean = sum(jnp.sum(x) for x in parts) / D
-        variance = sum(jnp.sum((x - mean) * (x - mean)) for x in parts) / D
+        mean = _sum(parts) / D
+        variance = _sum((x - mean) * (x - mean) for x in parts) / D
         rstd = jax.lax.rsqrt(variance + eps)
         for index, at in enumerate(_spans(D)):
             y = (parts[index] - mean) * rstd * _load(weight_ref, at) + _load(shift_ref, at)
@@ -100,13 +100,13 @@ def residual_norm_backward(
         weight_ref, dx_out = refs.pop(0), refs.pop(0)
         spans = _spans(D)
         parts = [_load(x_ref, at) for at in spans]
-        mean = sum(jnp.sum(x) for x in parts) / D
+        mean = _sum(parts) / D
         parts = [x - mean for x in parts]
         rstd = _rstd(parts, D, eps)
         parts = [x * rstd for x in parts]
         grads = [_load(dy_ref, at) * _load(weight_ref, at) for at in spans]
-        mean_grad = sum(jnp.sum(g) for g in grads) / D
-        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        mean_grad = _sum(grads) / D
+        mean_product = _sum(map(operator.mul, grads, parts)) / D
         for at, x, grad in zip(spans, parts, grads, strict=True):
             dx = rstd * (grad - mean_grad - x * mean_product)
             if dx_ref is not None:
@@ -180,7 +180,7 @@ def norm_rope_backward(
                 cos, sin = _load_angles(tables, at)
                 dy = _join_pairs(*rotate_pairs(*_split_pairs(dy), cos, -sin))
             grads.append(dy * _load(weight_ref, at))
-        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        mean_product = _sum(map(operator.mul, grads, parts)) / D
         for at, x, grad in zip(spans, parts, grads, strict=True):
             _store(out_ref, at, rstd * (grad - x * mean_product))
 
@@ -406,8 +406,13 @@ def _store(ref: Any, at: Any, value: jax.Array) -> jax.Array:
     return value
 
 
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    # Added up first, so that a program's warps wait for each other once and not once a part.
+    return jnp.sum(functools.reduce(operator.add, parts))
+
+
 def _rstd(parts: Sequence[jax.Array], width: int, eps: float) -> jax.Array:
-    return jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / width + eps)
+    return jax.lax.rsqrt(_sum(x * x for x in parts) / width + eps)
 
 
 def _load_angles(tables: Sequence[Any], at: Any) -> list[jax.Array]:
@@ -434,7 +439,7 @@ def _quantize_parts(
     scale_ref: Any,
     dtype: DTypeLike = FORWARD,
 ) -> None:
-    amax = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in parts))
+    amax = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts)))
     scale = power_of_two_scale(amax, dtype)
     scale_ref[...] = jnp.full((1,), scale)
     for x, at in zip(parts, spans, strict=True):
