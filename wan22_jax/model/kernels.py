@@ -347,37 +347,31 @@ def _call_by_row(
 
     A table [M, D] holds a row for num_rows / M rows in turn, a cycled one is read over and over.
     Outputs are (dtype, width), width 0 for one number a row; float8 outputs and the numbers beside
-    them are padded to ROWS by repeating the last row.
+    them are padded to ROWS with rows that nobody writes.
     """
     pads = any(dtype in (FORWARD, BACKWARD) for dtype, _ in outs)
-    programs = -(-num_rows // ROWS) * ROWS if pads else num_rows
-
-    def row_of(i: Any) -> Any:
-        return jnp.minimum(i, num_rows - 1) if programs > num_rows else i
-
-    specs = [pl.BlockSpec((None, array.shape[1]), lambda i: (row_of(i), 0)) for array in per_row]
+    padded = -(-num_rows // ROWS) * ROWS if pads else num_rows
+    specs = [pl.BlockSpec((None, array.shape[1]), lambda i: (i, 0)) for array in per_row]
     for array in tables:
         repeats = num_rows // array.shape[0]
-        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=repeats: (row_of(i) // n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=repeats: (i // n, 0)))
     for array in cycled:
         length = array.shape[0]
-        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=length: (row_of(i) % n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=length: (i % n, 0)))
     shapes, out_specs = [], []
     for dtype, width in outs:
         if width == 0:
-            shapes.append(jax.ShapeDtypeStruct((programs,), dtype))
+            shapes.append(jax.ShapeDtypeStruct((padded,), dtype))
             out_specs.append(pl.BlockSpec((1,), lambda i: (i,)))
-        elif dtype in (FORWARD, BACKWARD):
-            shapes.append(jax.ShapeDtypeStruct((programs, width), dtype))
-            out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
         else:
-            shapes.append(jax.ShapeDtypeStruct((num_rows, width), dtype))
-            out_specs.append(pl.BlockSpec((None, width), lambda i: (row_of(i), 0)))
+            length = padded if dtype in (FORWARD, BACKWARD) else num_rows
+            shapes.append(jax.ShapeDtypeStruct((length, width), dtype))
+            out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
     num_warps = 8 if max(width for _, width in outs) > 4096 else 4
     results = pl.pallas_call(
         kernel,
         out_shape=shapes,
-        grid=(programs,),
+        grid=(num_rows,),
         in_specs=specs,
         out_specs=out_specs,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
