@@ -114,11 +114,24 @@ def test_quantize_rows(scaled, dtype):
 def test_gelu(quantize):
     x = draw(TOKENS, 7 * 128, scale=3.0).at[0, :4].set(jnp.asarray([-100.0, 100.0, 0.0, -30.0]))
     got = kernels.gelu_quantize(x, quantize=quantize, interpret=INTERPRET)
-    expected = fused.gelu_twin(quantize, x)
+    expected = fused.gelu_twin(x, quantize=quantize)
     assert len(got) == len(expected)
     assert_close(got[0], expected[0])
     if quantize:
         assert_float8(got[1:], expected[1:], x)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gelu_backward(scaled):
+    x = draw(TOKENS, 7 * 128, scale=3.0).at[0, :4].set(jnp.asarray([-100.0, 100.0, 0.0, -30.0]))
+    dy, scale = draw(*x.shape, seed=1), jnp.asarray([0.125]) if scaled else None
+    got = kernels.gelu_backward(x, dy, scale, interpret=INTERPRET)
+    expected = fused.gelu_backward_twin(x, dy, scale)
+    assert len(got) == len(expected) == (4 if scaled else 2)
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1])
+    if scaled:
+        assert_float8(got[2:], expected[2:], x)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

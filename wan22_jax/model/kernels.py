@@ -7,6 +7,7 @@ Written in Pallas for Triton: rows are independent, so there is nothing to sched
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
 from wan22_jax.model.rope import rotate_pairs
 
 ROWS = 16  # float8 matmuls want a multiple of so many rows: float8 outputs are padded to it
+_GELU = (2 / math.pi) ** 0.5
+_GELU_EXP2 = -2 * _GELU / math.log(2)  # exp(-2 z) = exp2(-2 z / ln 2)
 _TILE_ROWS, _TILE_COLUMNS, _TILE_WARPS = 32, 128, 4  # measured, benchmarks/RESULTS.md
 
 
@@ -240,15 +243,47 @@ def gelu_quantize(
     def kernel(x_ref: Any, y_ref: Any, *quantized: Any) -> None:
         parts = []
         for at in _spans(F):
-            x = _load(x_ref, at)
-            inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-            y = x / (1 + jnp.exp(-2 * inner))
+            y, _ = _gelu(_load(x_ref, at))
             parts.append(_store(y_ref, at, y).astype(jnp.float32))
         if quantize:
             _quantize_parts(parts, _spans(F), *quantized)
 
     outs = [(x_NF.dtype, F)] + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
     return _call_by_row(kernel, N, [x_NF], [], outs, name="gelu_quantize", interpret=interpret)
+
+
+def gelu_backward(
+    x_NF: jax.Array, dy_NF: jax.Array, scale_1: jax.Array | None, *, interpret: bool = False
+) -> tuple[jax.Array, ...]:
+    """See ``fused.gelu_backward_twin``."""
+    N, F = x_NF.shape
+
+    def kernel(x_ref: Any, dy_ref: Any, *arguments: Any) -> None:
+        refs = list(arguments)
+        scale_ref = refs.pop(0) if scale_1 is not None else None
+        y_out, dx_out = refs.pop(0), refs.pop(0)
+        parts = []
+        for at in _spans(F):
+            y, slope = _gelu(_load(x_ref, at))
+            _store(y_out, at, y)
+            dx = _store(dx_out, at, _load(dy_ref, at) * slope).astype(jnp.float32)
+            parts.append(dx if scale_ref is None else dx * scale_ref[...])
+        if scale_ref is not None:
+            _quantize_parts(parts, _spans(F), *refs, dtype=BACKWARD)
+
+    tables = [] if scale_1 is None else [scale_1[None]]
+    outs = [(x_NF.dtype, F), (x_NF.dtype, F)]
+    outs += [] if scale_1 is None else [(BACKWARD, F), (jnp.float32, 0)]
+    return _call_by_row(
+        kernel,
+        N,
+        [x_NF, dy_NF],
+        tables,
+        outs,
+        in_place=2,
+        name="gelu_backward",
+        interpret=interpret,
+    )
 
 
 def scale_add_low_rank(
@@ -340,6 +375,7 @@ def _call_by_row(
     outs: Sequence[tuple[DTypeLike, int]],
     *,
     cycled: Sequence[jax.Array] = (),
+    in_place: int = 0,
     name: str,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
@@ -347,7 +383,8 @@ def _call_by_row(
 
     A table [M, D] holds a row for num_rows / M rows in turn, a cycled one is read over and over.
     Outputs are (dtype, width), width 0 for one number a row; float8 outputs and the numbers beside
-    them are padded to ROWS with rows that nobody writes.
+    them are padded to ROWS with rows that nobody writes. The first ``in_place`` of ``per_row`` give
+    their memory to the first outputs: a program must have read its row before it writes there.
     """
     pads = any(dtype in (FORWARD, BACKWARD) for dtype, _ in outs)
     padded = -(-num_rows // ROWS) * ROWS if pads else num_rows
@@ -374,6 +411,7 @@ def _call_by_row(
         grid=(num_rows,),
         in_specs=specs,
         out_specs=out_specs,
+        input_output_aliases={index: index for index in range(in_place)},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name=name,
@@ -407,6 +445,14 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
 
 def _rstd(parts: Sequence[jax.Array], width: int, eps: float) -> jax.Array:
     return jax.lax.rsqrt(_sum(x * x for x in parts) / width + eps)
+
+
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tanh approximation of GELU and its derivative; exp2 is one instruction, exp is ten."""
+    square = x * x
+    half = 1 / (1 + jnp.exp2(x * (_GELU_EXP2 + 0.044715 * _GELU_EXP2 * square)))
+    y = x * half
+    return y, half + y * (1 - half) * (2 * _GELU + 6 * 0.044715 * _GELU * square)
 
 
 def _load_angles(tables: Sequence[Any], at: Any) -> list[jax.Array]:
