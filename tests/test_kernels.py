@@ -10,7 +10,7 @@ from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
 from wan22_jax.model.rope import rope_tables
 
 INTERPRET = jax.default_backend() != "gpu"
-TOKENS, WIDTH, HEAD = 2 * 3 * 15, 384, 128  # no multiple of 16 or 64 rows, no power of two wide
+TOKENS, WIDTH = 2 * 3 * 15, 384  # no multiple of 16 or 64 rows, no power of two wide
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0, dtype=jnp.bfloat16) -> jax.Array:
@@ -87,9 +87,9 @@ def test_residual_norm_backward(branch, gate):
         assert_close(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("rotate", [True, False])
-def test_norm_rope_and_its_gradient(rotate):
-    rope = rope_tables((3, 3, 5), HEAD) if rotate else None  # two examples share the table
+@pytest.mark.parametrize("head_dim", [128, 96, None])  # a head may straddle a kernel's vectors
+def test_norm_rope_and_its_gradient(head_dim):
+    rope = rope_tables((3, 3, 5), head_dim) if head_dim else None  # two examples share the table
     x, weight = draw(TOKENS, WIDTH), 1 + draw(WIDTH, seed=1, scale=0.2)
     got = kernels.norm_rope(x, weight, rope, eps=1e-6, interpret=INTERPRET)
     assert_close(got, fused.norm_rope_twin(1e-6, x, weight, rope))
@@ -114,11 +114,24 @@ def test_quantize_rows(scaled, dtype):
 def test_gelu(quantize):
     x = draw(TOKENS, 7 * 128, scale=3.0).at[0, :4].set(jnp.asarray([-100.0, 100.0, 0.0, -30.0]))
     got = kernels.gelu_quantize(x, quantize=quantize, interpret=INTERPRET)
-    expected = fused.gelu_twin(quantize, x)
+    expected = fused.gelu_twin(x, quantize=quantize)
     assert len(got) == len(expected)
     assert_close(got[0], expected[0])
     if quantize:
         assert_float8(got[1:], expected[1:], x)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gelu_backward(scaled):
+    x = draw(TOKENS, 7 * 128, scale=3.0).at[0, :4].set(jnp.asarray([-100.0, 100.0, 0.0, -30.0]))
+    dy, scale = draw(*x.shape, seed=1), jnp.asarray([0.125]) if scaled else None
+    got = kernels.gelu_backward(x, dy, scale, interpret=INTERPRET)
+    expected = fused.gelu_backward_twin(x, dy, scale)
+    assert len(got) == len(expected) == (4 if scaled else 2)
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1])
+    if scaled:
+        assert_float8(got[2:], expected[2:], x)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

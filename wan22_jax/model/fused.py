@@ -138,8 +138,8 @@ def norm_rope_twin(
     y_ND = (x32_ND * rstd_N1).astype(x_ND.dtype) * weight_D.astype(x_ND.dtype)[None]
     if rope is None:
         return y_ND
-    length, head_dim = rope[0].shape
-    y_BLHK = y_ND.reshape(-1, length, y_ND.shape[1] // head_dim, head_dim)
+    L, P = rope[0].shape
+    y_BLHK = y_ND.reshape(-1, L, y_ND.shape[1] // (2 * P), 2 * P)
     return apply_rope(y_BLHK, *rope).reshape(y_ND.shape)
 
 
@@ -161,12 +161,23 @@ def _norm_rope_backward(eps: float, args: tuple, grad_ND: jax.Array) -> tuple:
 _norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
 
 
-def gelu_twin(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
+def gelu_twin(x_NF: jax.Array, *, quantize: bool) -> tuple[jax.Array, ...]:
     """The tanh approximation of GELU, in x's dtype and, if asked for, in float8 too."""
     x32_NF = x_NF.astype(jnp.float32)
     inner_NF = np.sqrt(2 / np.pi) * (x32_NF + 0.044715 * x32_NF * x32_NF * x32_NF)
     y_NF = (x32_NF * jax.nn.sigmoid(2 * inner_NF)).astype(x_NF.dtype)  # (1 + tanh) / 2, exactly
     return (y_NF, *(quantize_rows_twin([y_NF], None, dtype=FORWARD) if quantize else ()))
+
+
+def gelu_backward_twin(
+    x_NF: jax.Array, dy_NF: jax.Array, scale_1: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Returns gelu(x) again and its gradient by x, and that times a scale in float8 too."""
+    (y_NF,), pull = jax.vjp(partial(gelu_twin, quantize=False), x_NF)
+    (dx_NF,) = pull((dy_NF,))
+    if scale_1 is None:
+        return y_NF, dx_NF
+    return y_NF, dx_NF, *quantize_rows_twin([dx_NF], scale_1, dtype=BACKWARD)
 
 
 def quantize(x_ND: jax.Array) -> Activation:
@@ -246,74 +257,123 @@ def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) 
     return outs, (x, w, low)
 
 
-def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> tuple:
-    groups, lora_scale = static
+def _linear_backward(
+    static: tuple[int, float], saved: tuple, grads: tuple, *quantized: jax.Array
+) -> tuple:
+    """The gradients; ``quantized`` are those of the outputs in float8, if someone has them."""
     x, w, low = saved
+    dx_NI, dlow = _input_gradient(static, w, low, grads, *quantized)
+    zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in x[1:])
+    return Activation(dx_NI, *zeros), _weight_gradients(static, x.rows, w, low, dlow, grads)
+
+
+def _input_gradient(
+    static: tuple[int, float],
+    w: LinearWeights,
+    low: jax.Array | None,
+    grads: tuple,
+    *quantized: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The gradients of the rows and of their products with A."""
+    groups, lora_scale = static
+    grad_scale = dlow = None
     if is_float8(w.weight_OI.dtype):
-        grad8, grad_scale = _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
+        grad8, grad_scale = quantized or _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
         raw_NI = float8_matmul(grad8, w.weight_OI.T)
-        dweight = jnp.zeros_like(w.weight_OI)
     else:
-        grad_scale = None
-        joined_NO = jnp.concatenate(grads, axis=1)
-        raw_NI = matmul(joined_NO, w.weight_OI)
-        dweight = matmul(joined_NO.T, x.rows, jnp.float32).astype(w.weight_OI.dtype)
-    dlow = da = db = None
+        raw_NI = matmul(jnp.concatenate(grads, axis=1), w.weight_OI)
     if w.lora_A is not None:
-        parts = list(zip(grads, _groups(groups, w, low), strict=True))
-        dlow = [matmul(grad, lora_scale * high_g) for grad, (*_, high_g) in parts]
+        highs = (high_g for *_, high_g in _groups(groups, w, low))
+        dlow = [matmul(grad, lora_scale * high) for grad, high in zip(grads, highs, strict=True)]
         dlow = jnp.concatenate(dlow, axis=1)
-        da = matmul(dlow.T, x.rows, jnp.float32).astype(w.lora_A.dtype)
-        db = [matmul(grad.T, low_g, jnp.float32) for grad, (*_, low_g, _) in parts]
-        db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
-    dx = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
+    dx_NI = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
         *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
-        num_rows=x.rows.shape[0],
+        num_rows=grads[0].shape[0],
         columns=slice(0, raw_NI.shape[1]),
         transposed=False,
     )
-    dbias = None
+    return dx_NI, dlow
+
+
+def _weight_gradients(
+    static: tuple[int, float],
+    rows_NI: jax.Array,
+    w: LinearWeights,
+    low: jax.Array | None,
+    dlow: jax.Array | None,
+    grads: tuple,
+) -> LinearWeights:
+    groups, _ = static
+    dweight, dbias, da, db = jnp.zeros_like(w.weight_OI), None, None, None
+    if not is_float8(w.weight_OI.dtype):
+        dweight = matmul(jnp.concatenate(grads, axis=1).T, rows_NI, jnp.float32)
+        dweight = dweight.astype(w.weight_OI.dtype)
     if w.bias_O is not None:
         dbias = jnp.concatenate([g.astype(jnp.float32).sum(axis=0) for g in grads])
         dbias = dbias.astype(w.bias_O.dtype)
-    zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in x[1:])
+    if w.lora_A is not None and dlow is not None:
+        da = matmul(dlow.T, rows_NI, jnp.float32).astype(w.lora_A.dtype)
+        lows = (low_g for *_, low_g, _ in _groups(groups, w, low))
+        db = [matmul(grad.T, low_g, jnp.float32) for grad, low_g in zip(grads, lows, strict=True)]
+        db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
     dscale = None if w.scale_G is None else jnp.zeros_like(w.scale_G)
-    return Activation(dx, *zeros), LinearWeights(dweight, dscale, dbias, da, db)
+    return LinearWeights(dweight, dscale, dbias, da, db)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def gelu_linear(
-    x_NF: jax.Array, weights: LinearWeights, *, lora_scale: float = 0.0
-) -> tuple[jax.Array, ...]:
-    """``linear`` on gelu(x); the backward pass needs x alone and takes the GELU again from it."""
-    return _gelu_linear(lora_scale, x_NF, weights)
+def linear_gelu_linear(
+    x: Activation,
+    first: LinearWeights,
+    second: LinearWeights,
+    *,
+    lora_scales: tuple[float, float],
+    name: str,
+) -> jax.Array:
+    """``linear`` on gelu(``linear`` on x), differentiated as one.
+
+    The backward pass needs the first linear's output alone, which it finds under ``name``. It
+    reads that once, with its gradient, to take the GELU again and differentiate it, and quantises
+    the result on the way. Three gradients could not: JAX hands one array an output from each to
+    the next, so that the first linear would read its gradient again to quantise it.
+    """
+    return _linear_gelu_linear((lora_scales, name), x, first, second)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gelu_linear(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple[jax.Array, ...]:
-    return _gelu_linear_forward(lora_scale, x_NF, w)[0]
+def _linear_gelu_linear(static: tuple, *args: Any) -> jax.Array:
+    return _linear_gelu_linear_forward(static, *args)[0]
 
 
-def _gelu_linear_forward(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple:
-    quantizes = is_float8(w.weight_OI.dtype)
-    if _has_kernels(x_NF.dtype, x_NF.shape[1]):
-        rows = kernels.gelu_quantize(x_NF, quantize=quantizes)
-    else:
-        rows = gelu_twin(quantizes, x_NF)
-    outs, (_, _, low) = _linear_forward((1, lora_scale), Activation(*rows), w)
-    return outs, (x_NF, w, low)
+def _linear_gelu_linear_forward(
+    static: tuple, x: Activation, first: LinearWeights, second: LinearWeights
+) -> tuple:
+    (first_scale, second_scale), name = static
+    (hidden_NF,), saved = _linear_forward((1, first_scale), x, first)
+    hidden_NF = checkpoint_name(hidden_NF, name)
+    fused = _has_kernels(hidden_NF.dtype, hidden_NF.shape[1])
+    gelu: Callable = kernels.gelu_quantize if fused else gelu_twin
+    rows = Activation(*gelu(hidden_NF, quantize=is_float8(second.weight_OI.dtype)))
+    (out_NO,), (_, _, low) = _linear_forward((1, second_scale), rows, second)
+    return out_NO, (saved, hidden_NF, second, low)
 
 
-def _gelu_linear_backward(lora_scale: float, saved: tuple, grads: tuple) -> tuple:
-    x_NF, w, low = saved
-    (rows_NF,), pull = jax.vjp(partial(gelu_twin, False), x_NF)
-    dx, dw = _linear_backward((1, lora_scale), (Activation(rows_NF), w, low), grads)
-    return *pull((dx.rows,)), dw
+def _linear_gelu_linear_backward(static: tuple, saved: tuple, grad_NO: jax.Array) -> tuple:
+    (first_scale, second_scale), _ = static
+    saved_first, hidden_NF, second, low = saved
+    _, first, _ = saved_first
+    # Where low is computed again it reads the hidden rows, whose memory gelu_backward takes.
+    hidden_NF, low = jax.lax.optimization_barrier((hidden_NF, low))
+    grad_NF, dlow = _input_gradient((1, second_scale), second, low, (grad_NO,))
+    fused = _has_kernels(hidden_NF.dtype, hidden_NF.shape[1])
+    gelu_backward: Callable = kernels.gelu_backward if fused else gelu_backward_twin
+    rows_NF, grad_NF, *quantized = gelu_backward(hidden_NF, grad_NF, first.scale_G)
+    dsecond = _weight_gradients((1, second_scale), rows_NF, second, low, dlow, (grad_NO,))
+    return *_linear_backward((1, first_scale), saved_first, (grad_NF,), *quantized), dsecond
 
 
-_gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
+_linear_gelu_linear.defvjp(_linear_gelu_linear_forward, _linear_gelu_linear_backward)
 
 
 def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]:

@@ -7,8 +7,9 @@ Written in Pallas for Triton: rows are independent, so there is nothing to sched
 """
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,11 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
+from wan22_jax.model.rope import rotate_pairs
 
 ROWS = 16  # float8 matmuls want a multiple of so many rows: float8 outputs are padded to it
+_GELU = (2 / math.pi) ** 0.5
+_GELU_EXP2 = -2 * _GELU / math.log(2)  # exp(-2 z) = exp2(-2 z / ln 2)
 _TILE_ROWS, _TILE_COLUMNS, _TILE_WARPS = 32, 128, 4  # measured, benchmarks/RESULTS.md
 
 
@@ -60,8 +64,8 @@ def residual_norm(
                 x = x + (branch * _load(gate_ref, at) if gate_ref is not None else branch)
                 x = _store(x_out, at, x).astype(jnp.float32)
             parts.append(x)
-        mean = sum(jnp.sum(x) for x in parts) / D
-        variance = sum(jnp.sum((x - mean) * (x - mean)) for x in parts) / D
+        mean = _sum(parts) / D
+        variance = _sum((x - mean) * (x - mean) for x in parts) / D
         rstd = jax.lax.rsqrt(variance + eps)
         for index, at in enumerate(_spans(D)):
             y = (parts[index] - mean) * rstd * _load(weight_ref, at) + _load(shift_ref, at)
@@ -99,13 +103,13 @@ def residual_norm_backward(
         weight_ref, dx_out = refs.pop(0), refs.pop(0)
         spans = _spans(D)
         parts = [_load(x_ref, at) for at in spans]
-        mean = sum(jnp.sum(x) for x in parts) / D
+        mean = _sum(parts) / D
         parts = [x - mean for x in parts]
         rstd = _rstd(parts, D, eps)
         parts = [x * rstd for x in parts]
         grads = [_load(dy_ref, at) * _load(weight_ref, at) for at in spans]
-        mean_grad = sum(jnp.sum(g) for g in grads) / D
-        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        mean_grad = _sum(grads) / D
+        mean_product = _sum(map(operator.mul, grads, parts)) / D
         for at, x, grad in zip(spans, parts, grads, strict=True):
             dx = rstd * (grad - mean_grad - x * mean_product)
             if dx_ref is not None:
@@ -136,20 +140,15 @@ def norm_rope(
     N, D = x_ND.shape
 
     def kernel(x_ref: Any, weight_ref: Any, *rest: Any) -> None:
-        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        *tables, out_ref = rest
         parts = [_load(x_ref, at) for at in _spans(D)]
         rstd = _rstd(parts, D, eps)
-
-        def normalised(at: Any) -> jax.Array:
-            x = (_load(x_ref, at) * rstd).astype(x_ND.dtype).astype(jnp.float32)
-            return (x * _load(weight_ref, at)).astype(x_ND.dtype).astype(jnp.float32)
-
-        for at in _spans(D):
-            y = normalised(at)
-            if cos_ref is not None:
-                lane, swapped = _pairs(at)
-                channel = lane % cos_ref.shape[-1]
-                y = y * _load(cos_ref, channel) + normalised(swapped) * _load(sin_ref, channel)
+        for at, x in zip(_spans(D), parts, strict=True):
+            y = (x * rstd).astype(x_ND.dtype).astype(jnp.float32)
+            y = (y * _load(weight_ref, at)).astype(x_ND.dtype).astype(jnp.float32)
+            if tables:
+                cos, sin = _load_angles(tables, at)
+                y = _join_pairs(*rotate_pairs(*_split_pairs(y), cos, sin))
             _store(out_ref, at, y)
 
     per_row, tables = [x_ND], [weight_D[None]]
@@ -172,7 +171,7 @@ def norm_rope_backward(
     N, D = x_ND.shape
 
     def kernel(x_ref: Any, dy_ref: Any, weight_ref: Any, *rest: Any) -> None:
-        cos_ref, sin_ref, out_ref = rest if rope else (None, None, *rest)
+        *tables, out_ref = rest
         spans = _spans(D)
         parts = [_load(x_ref, at) for at in spans]
         rstd = _rstd(parts, D, eps)
@@ -180,12 +179,11 @@ def norm_rope_backward(
         grads = []
         for at in spans:
             dy = _load(dy_ref, at)
-            if cos_ref is not None:
-                lane, swapped = _pairs(at)
-                channel = lane % cos_ref.shape[-1]
-                dy = dy * _load(cos_ref, channel) - _load(dy_ref, swapped) * _load(sin_ref, channel)
+            if tables:
+                cos, sin = _load_angles(tables, at)
+                dy = _join_pairs(*rotate_pairs(*_split_pairs(dy), cos, -sin))
             grads.append(dy * _load(weight_ref, at))
-        mean_product = sum(jnp.sum(g * x) for g, x in zip(grads, parts, strict=True)) / D
+        mean_product = _sum(map(operator.mul, grads, parts)) / D
         for at, x, grad in zip(spans, parts, grads, strict=True):
             _store(out_ref, at, rstd * (grad - x * mean_product))
 
@@ -245,15 +243,47 @@ def gelu_quantize(
     def kernel(x_ref: Any, y_ref: Any, *quantized: Any) -> None:
         parts = []
         for at in _spans(F):
-            x = _load(x_ref, at)
-            inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-            y = x / (1 + jnp.exp(-2 * inner))
+            y, _ = _gelu(_load(x_ref, at))
             parts.append(_store(y_ref, at, y).astype(jnp.float32))
         if quantize:
             _quantize_parts(parts, _spans(F), *quantized)
 
     outs = [(x_NF.dtype, F)] + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
     return _call_by_row(kernel, N, [x_NF], [], outs, name="gelu_quantize", interpret=interpret)
+
+
+def gelu_backward(
+    x_NF: jax.Array, dy_NF: jax.Array, scale_1: jax.Array | None, *, interpret: bool = False
+) -> tuple[jax.Array, ...]:
+    """See ``fused.gelu_backward_twin``."""
+    N, F = x_NF.shape
+
+    def kernel(x_ref: Any, dy_ref: Any, *arguments: Any) -> None:
+        refs = list(arguments)
+        scale_ref = refs.pop(0) if scale_1 is not None else None
+        y_out, dx_out = refs.pop(0), refs.pop(0)
+        parts = []
+        for at in _spans(F):
+            y, slope = _gelu(_load(x_ref, at))
+            _store(y_out, at, y)
+            dx = _store(dx_out, at, _load(dy_ref, at) * slope).astype(jnp.float32)
+            parts.append(dx if scale_ref is None else dx * scale_ref[...])
+        if scale_ref is not None:
+            _quantize_parts(parts, _spans(F), *refs, dtype=BACKWARD)
+
+    tables = [] if scale_1 is None else [scale_1[None]]
+    outs = [(x_NF.dtype, F), (x_NF.dtype, F)]
+    outs += [] if scale_1 is None else [(BACKWARD, F), (jnp.float32, 0)]
+    return _call_by_row(
+        kernel,
+        N,
+        [x_NF, dy_NF],
+        tables,
+        outs,
+        in_place=2,
+        name="gelu_backward",
+        interpret=interpret,
+    )
 
 
 def scale_add_low_rank(
@@ -345,6 +375,7 @@ def _call_by_row(
     outs: Sequence[tuple[DTypeLike, int]],
     *,
     cycled: Sequence[jax.Array] = (),
+    in_place: int = 0,
     name: str,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
@@ -352,39 +383,35 @@ def _call_by_row(
 
     A table [M, D] holds a row for num_rows / M rows in turn, a cycled one is read over and over.
     Outputs are (dtype, width), width 0 for one number a row; float8 outputs and the numbers beside
-    them are padded to ROWS by repeating the last row.
+    them are padded to ROWS with rows that nobody writes. The first ``in_place`` of ``per_row`` give
+    their memory to the first outputs: a program must have read its row before it writes there.
     """
     pads = any(dtype in (FORWARD, BACKWARD) for dtype, _ in outs)
-    programs = -(-num_rows // ROWS) * ROWS if pads else num_rows
-
-    def row_of(i: Any) -> Any:
-        return jnp.minimum(i, num_rows - 1) if programs > num_rows else i
-
-    specs = [pl.BlockSpec((None, array.shape[1]), lambda i: (row_of(i), 0)) for array in per_row]
+    padded = -(-num_rows // ROWS) * ROWS if pads else num_rows
+    specs = [pl.BlockSpec((None, array.shape[1]), lambda i: (i, 0)) for array in per_row]
     for array in tables:
         repeats = num_rows // array.shape[0]
-        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=repeats: (row_of(i) // n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=repeats: (i // n, 0)))
     for array in cycled:
         length = array.shape[0]
-        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=length: (row_of(i) % n, 0)))
+        specs.append(pl.BlockSpec((None, array.shape[1]), lambda i, n=length: (i % n, 0)))
     shapes, out_specs = [], []
     for dtype, width in outs:
         if width == 0:
-            shapes.append(jax.ShapeDtypeStruct((programs,), dtype))
+            shapes.append(jax.ShapeDtypeStruct((padded,), dtype))
             out_specs.append(pl.BlockSpec((1,), lambda i: (i,)))
-        elif dtype in (FORWARD, BACKWARD):
-            shapes.append(jax.ShapeDtypeStruct((programs, width), dtype))
-            out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
         else:
-            shapes.append(jax.ShapeDtypeStruct((num_rows, width), dtype))
-            out_specs.append(pl.BlockSpec((None, width), lambda i: (row_of(i), 0)))
+            length = padded if dtype in (FORWARD, BACKWARD) else num_rows
+            shapes.append(jax.ShapeDtypeStruct((length, width), dtype))
+            out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
     num_warps = 8 if max(width for _, width in outs) > 4096 else 4
     results = pl.pallas_call(
         kernel,
         out_shape=shapes,
-        grid=(programs,),
+        grid=(num_rows,),
         in_specs=specs,
         out_specs=out_specs,
+        input_output_aliases={index: index for index in range(in_place)},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name=name,
@@ -411,13 +438,38 @@ def _store(ref: Any, at: Any, value: jax.Array) -> jax.Array:
     return value
 
 
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    # Added up first, so that a program's warps wait for each other once and not once a part.
+    return jnp.sum(functools.reduce(operator.add, parts))
+
+
 def _rstd(parts: Sequence[jax.Array], width: int, eps: float) -> jax.Array:
-    return jax.lax.rsqrt(sum(jnp.sum(x * x) for x in parts) / width + eps)
+    return jax.lax.rsqrt(_sum(x * x for x in parts) / width + eps)
 
 
-def _pairs(at: Any) -> tuple[jax.Array, jax.Array]:
-    lane = at.start + jnp.arange(at.size)
-    return lane, lane ^ 1
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tanh approximation of GELU and its derivative; exp2 is one instruction, exp is ten."""
+    square = x * x
+    half = 1 / (1 + jnp.exp2(x * (_GELU_EXP2 + 0.044715 * _GELU_EXP2 * square)))
+    y = x * half
+    return y, half + y * (1 - half) * (2 * _GELU + 6 * 0.044715 * _GELU * square)
+
+
+def _load_angles(tables: Sequence[Any], at: Any) -> list[jax.Array]:
+    """Cosine and sine of each pair of channels; all heads rotate alike."""
+    pair = at.start // 2 + jnp.arange(at.size // 2)
+    # Not %, whose care for signs hides from Triton that neighbours are loaded.
+    return [plgpu.load(ref.at[jax.lax.rem(pair, ref.shape[-1])]) for ref in tables]
+
+
+def _split_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd channels; a thread holds neighbours, so that nothing moves."""
+    even, odd = jax.lax.split(x.reshape(-1, 2), (1, 1), axis=1)
+    return even.reshape(-1), odd.reshape(-1)
+
+
+def _join_pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
+    return jnp.stack([even, odd], axis=1).reshape(-1)
 
 
 def _quantize_parts(
@@ -427,7 +479,7 @@ def _quantize_parts(
     scale_ref: Any,
     dtype: DTypeLike = FORWARD,
 ) -> None:
-    amax = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in parts))
+    amax = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts)))
     scale = power_of_two_scale(amax, dtype)
     scale_ref[...] = jnp.full((1,), scale)
     for x, at in zip(parts, spans, strict=True):

@@ -17,8 +17,8 @@ from wan22_jax.model.fused import (
     Activation,
     LinearWeights,
     Rope,
-    gelu_linear,
     linear,
+    linear_gelu_linear,
     norm_rope,
     norm_rope_twin,
     quantize,
@@ -80,9 +80,11 @@ def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
     return linear(x, weights, groups=len(linears), lora_scale=linears[0].lora_scale)
 
 
-def project_gelu(x: jax.Array, layer: Linear) -> tuple[jax.Array, ...]:
-    """Runs a linear on gelu(x)."""
-    return gelu_linear(x, join_weights(layer), lora_scale=layer.lora_scale)
+def project_through_gelu(x: Activation, first: Linear, second: Linear, *, name: str) -> jax.Array:
+    """Runs two linears with a GELU between, of which remat may keep the input by its name."""
+    weights = join_weights(first), join_weights(second)
+    scales = first.lora_scale, second.lora_scale
+    return linear_gelu_linear(x, *weights, lora_scales=scales, name=name)
 
 
 def join_weights(*linears: Linear) -> LinearWeights:

@@ -31,7 +31,7 @@ from wan22_jax.model.linear import (
     RMSNorm,
     along_last,
     project,
-    project_gelu,
+    project_through_gelu,
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
@@ -238,9 +238,7 @@ class Block(nnx.Module):
         x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
         y_ND = self.cross_attn.attend_to_text(y, text, batch=B)
         x_ND, y = norm(x_ND, y_ND, None, 1 + scale2, shift2)
-        (hidden_NF,) = project(y, self.ffn["0"])
-        hidden_NF = checkpoint_name(hidden_NF, "ffn_in")
-        (y_ND,) = project_gelu(hidden_NF, self.ffn["2"])
+        y_ND = project_through_gelu(y, self.ffn["0"], self.ffn["2"], name="ffn_in")
         return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
 
 
