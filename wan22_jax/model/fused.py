@@ -21,9 +21,9 @@ from wan22_jax.model.fp8 import (
     BACKWARD,
     FORWARD,
     float8_matmul,
-    is_float8,
     power_of_two_scale,
 )
+from wan22_jax.model.lora import LowRank
 from wan22_jax.model.rope import apply_rope
 
 Table = jax.Array
@@ -169,8 +169,10 @@ def gelu_twin(quantize: bool, x_NF: jax.Array) -> tuple[jax.Array, ...]:
     return (y_NF, *(quantize_rows_twin([y_NF], None, dtype=FORWARD) if quantize else ()))
 
 
-def quantize(x_ND: jax.Array) -> Activation:
-    """Gives rows in float8 too; the gradient goes through the rows alone."""
+def activate(x_ND: jax.Array, *, is_float8: bool) -> Activation:
+    """Gives rows in float8 too, if asked for; the gradient goes through the rows alone."""
+    if not is_float8:
+        return Activation(x_ND)
     fixed_ND = jax.lax.stop_gradient(x_ND)
     return Activation(x_ND, *_quantize_rows([fixed_ND], None, dtype=FORWARD))
 
@@ -200,56 +202,63 @@ class LinearWeights(NamedTuple):
     weight_OI: jax.Array  # float8_e4m3fn with a scale, or a wider type without
     scale_G: jax.Array | None  # one a group
     bias_O: jax.Array | None
-    lora_A: jax.Array | None  # [groups * R, I], the adapters one below the other
-    lora_B: jax.Array | None  # [O, R]
+    lora: LowRank | None = None  # in the activations' dtype
+    trained: LowRank | None = None  # what it was rounded from: not read, but gets the gradient
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the input is wanted in float8 too."""
+        return self.scale_G is not None
 
 
-def linear(
-    x: Activation, weights: LinearWeights, *, groups: int = 1, lora_scale: float = 0.0
-) -> tuple[jax.Array, ...]:
-    """Returns x W^T + b + lora_scale * (x A^T) B^T, in x's dtype: [N, O / groups] a group.
+def linear(x: Activation, weights: LinearWeights, *, groups: int = 1) -> tuple[jax.Array, ...]:
+    """Returns x W^T + b + (x A^T) B^T, in x's dtype: [N, O / groups] a group.
 
     With a float8 weight the first product is float8, forward with e4m3 and backward with e5m2;
     the adapter's products are in x's dtype. Sums are in float32 and rounded once.
     """
-    return _linear((groups, lora_scale), x, weights)
+    return _linear(groups, x, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple[jax.Array, ...]:
-    return _linear_forward(static, x, w)[0]
+def _linear(groups: int, x: Activation, w: LinearWeights) -> tuple[jax.Array, ...]:
+    return _linear_forward(groups, x, w)[0]
 
 
-def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple:
-    groups, lora_scale = static
-    if is_float8(w.weight_OI.dtype):
+def _linear_forward(groups: int, x: Activation, w: LinearWeights) -> tuple:
+    # The barrier has all blocks' rows of a stack cast and copied at once, in a few kernels. Without
+    # it XLA copies them one by one for the backward pass and lets this matmul read the stack.
+    w = w._replace(lora=jax.lax.optimization_barrier(w.lora), trained=None)
+    if w.is_float8:
         assert x.float8 is not None
         raw_NO = float8_matmul(x.float8, w.weight_OI)
     else:
         raw_NO = matmul(x.rows, w.weight_OI.T)
-    low = None
-    if w.lora_A is None and x.scale is None:  # nothing that the matmul cannot add itself
+    width = raw_NO.shape[1] // groups
+    columns = [slice(start, start + width) for start in range(0, raw_NO.shape[1], width)]
+    if w.lora is None and x.scale is None:  # nothing that the matmul cannot add itself
         raw_NO = raw_NO if w.bias_O is None else raw_NO + w.bias_O.astype(raw_NO.dtype)[None]
-        return tuple(raw_NO[:, columns] for columns, *_ in _groups(groups, w, low)), (x, w, low)
-    if w.lora_A is not None:
-        low = checkpoint_name(matmul(x.rows, (lora_scale * w.lora_A).T), "low_rank")
-    scale_add_low_rank = _choose_sum(raw_NO.dtype, raw_NO.shape[1] // groups)
+        return tuple(raw_NO[:, group] for group in columns), (x, w, None)
+    low_NR, matrices_b = None, (None,) * groups
+    if w.lora is not None:
+        low_NR = checkpoint_name(matmul(x.rows, w.lora.matrix_a.T), "low_rank")
+        matrices_b = w.lora.matrices_b
+    scale_add_low_rank = _choose_sum(raw_NO.dtype, width)
     outs = tuple(
         scale_add_low_rank(
-            *(raw_NO, x.scale, scale, w.bias_O, low_g, high_g),
+            *(raw_NO, x.scale, w.scale_G, w.bias_O, low_NR, matrix_b),
             num_rows=x.rows.shape[0],
-            columns=columns,
+            columns=group,
             transposed=True,
         )
-        for columns, scale, low_g, high_g in _groups(groups, w, low)
+        for group, matrix_b in zip(columns, matrices_b, strict=True)
     )
-    return outs, (x, w, low)
+    return outs, (x, w, low_NR)
 
 
-def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> tuple:
-    groups, lora_scale = static
-    x, w, low = saved
-    if is_float8(w.weight_OI.dtype):
+def _linear_backward(groups: int, saved: tuple, grads: tuple) -> tuple:
+    x, w, low_NR = saved
+    if w.is_float8:
         grad8, grad_scale = _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
         raw_NI = float8_matmul(grad8, w.weight_OI.T)
         dweight = jnp.zeros_like(w.weight_OI)
@@ -258,16 +267,18 @@ def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> t
         joined_NO = jnp.concatenate(grads, axis=1)
         raw_NI = matmul(joined_NO, w.weight_OI)
         dweight = matmul(joined_NO.T, x.rows, jnp.float32).astype(w.weight_OI.dtype)
-    dlow = da = db = None
-    if w.lora_A is not None:
-        parts = list(zip(grads, _groups(groups, w, low), strict=True))
-        dlow = [matmul(grad, lora_scale * high_g) for grad, (*_, high_g) in parts]
+    dlow = matrix_a = dlora = dtrained = None
+    if w.lora is not None:
+        matrix_a, matrices_b = w.lora
+        dlow = [matmul(grad, b) for grad, b in zip(grads, matrices_b, strict=True)]
         dlow = jnp.concatenate(dlow, axis=1)
-        da = matmul(dlow.T, x.rows, jnp.float32).astype(w.lora_A.dtype)
-        db = [matmul(grad.T, low_g, jnp.float32) for grad, (*_, low_g, _) in parts]
-        db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
+        da = matmul(dlow.T, x.rows, jnp.float32)
+        # Of all groups at once: as fast as of one, whose columns would have to be copied first.
+        db = [jnp.split(matmul(grad.T, low_NR, jnp.float32), groups, axis=1) for grad in grads]
+        dtrained = LowRank(da, tuple(each[group] for group, each in enumerate(db)))
+        dlora = jax.tree.map(jnp.zeros_like, w.lora)
     dx = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
-        *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
+        *(raw_NI, grad_scale, None, None, dlow, matrix_a),
         num_rows=x.rows.shape[0],
         columns=slice(0, raw_NI.shape[1]),
         transposed=False,
@@ -278,57 +289,39 @@ def _linear_backward(static: tuple[int, float], saved: tuple, grads: tuple) -> t
         dbias = dbias.astype(w.bias_O.dtype)
     zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in x[1:])
     dscale = None if w.scale_G is None else jnp.zeros_like(w.scale_G)
-    return Activation(dx, *zeros), LinearWeights(dweight, dscale, dbias, da, db)
+    return Activation(dx, *zeros), LinearWeights(dweight, dscale, dbias, dlora, dtrained)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def gelu_linear(
-    x_NF: jax.Array, weights: LinearWeights, *, lora_scale: float = 0.0
-) -> tuple[jax.Array, ...]:
+def gelu_linear(x_NF: jax.Array, weights: LinearWeights) -> tuple[jax.Array, ...]:
     """``linear`` on gelu(x); the backward pass needs x alone and takes the GELU again from it."""
-    return _gelu_linear(lora_scale, x_NF, weights)
+    return _gelu_linear(x_NF, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gelu_linear(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple[jax.Array, ...]:
-    return _gelu_linear_forward(lora_scale, x_NF, w)[0]
+@jax.custom_vjp
+def _gelu_linear(x_NF: jax.Array, w: LinearWeights) -> tuple[jax.Array, ...]:
+    return _gelu_linear_forward(x_NF, w)[0]
 
 
-def _gelu_linear_forward(lora_scale: float, x_NF: jax.Array, w: LinearWeights) -> tuple:
-    quantizes = is_float8(w.weight_OI.dtype)
+def _gelu_linear_forward(x_NF: jax.Array, w: LinearWeights) -> tuple:
     if _has_kernels(x_NF.dtype, x_NF.shape[1]):
-        rows = kernels.gelu_quantize(x_NF, quantize=quantizes)
+        rows = kernels.gelu_quantize(x_NF, quantize=w.is_float8)
     else:
-        rows = gelu_twin(quantizes, x_NF)
-    outs, (_, _, low) = _linear_forward((1, lora_scale), Activation(*rows), w)
-    return outs, (x_NF, w, low)
+        rows = gelu_twin(w.is_float8, x_NF)
+    outs, (_, w, low_NR) = _linear_forward(1, Activation(*rows), w)
+    return outs, (x_NF, w, low_NR)
 
 
-def _gelu_linear_backward(lora_scale: float, saved: tuple, grads: tuple) -> tuple:
-    x_NF, w, low = saved
+def _gelu_linear_backward(saved: tuple, grads: tuple) -> tuple:
+    x_NF, w, low_NR = saved
     (rows_NF,), pull = jax.vjp(partial(gelu_twin, False), x_NF)
-    dx, dw = _linear_backward((1, lora_scale), (Activation(rows_NF), w, low), grads)
+    dx, dw = _linear_backward(1, (Activation(rows_NF), w, low_NR), grads)
     return *pull((dx.rows,)), dw
 
 
 _gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
-
-
-def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]:
-    """Columns of the output, scale of the weight, low-rank activations and B of each group."""
-    width = w.weight_OI.shape[0] // groups
-    found = []
-    for group in range(groups):
-        columns = slice(group * width, (group + 1) * width)
-        scale = None if w.scale_G is None else w.scale_G[group : group + 1]
-        low_g = high_g = None
-        if low is not None and w.lora_B is not None:
-            rank = w.lora_B.shape[1]
-            low_g, high_g = low[:, group * rank : (group + 1) * rank], w.lora_B[columns]
-        found.append((columns, scale, low_g, high_g))
-    return found
 
 
 def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
@@ -340,7 +333,7 @@ def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
 def scale_add_low_rank_twin(
     raw: jax.Array,
     row_scale: jax.Array | None,
-    scale_1: jax.Array | None,
+    scale_G: jax.Array | None,
     bias: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
@@ -349,16 +342,22 @@ def scale_add_low_rank_twin(
     columns: slice,
     transposed: bool,
 ) -> jax.Array:
-    """Some rows and columns of raw: raw * row_scale * scale + bias + low high(^T)."""
+    """Some rows of raw, and one group's columns: raw * row_scale * scale + bias + low high(^T).
+
+    Scales, bias and low are those of all groups, high is the group's.
+    """
+    group = columns.start // (columns.stop - columns.start)
     out = raw[:num_rows, columns].astype(jnp.float32)
     if row_scale is not None:
         out = out * row_scale[:num_rows, None]
-    if scale_1 is not None:
-        out = out * scale_1[None]
+    if scale_G is not None:
+        out = out * scale_G[group]
     if bias is not None:
         out = out + bias[None, columns].astype(jnp.float32)
     if low is not None and high is not None:
-        out = out + matmul(low, high.T if transposed else high, jnp.float32)
+        high = high.T if transposed else high
+        rank = high.shape[0]
+        out = out + matmul(low[:, group * rank : (group + 1) * rank], high, jnp.float32)
     return out.astype(raw.dtype)
 
 
