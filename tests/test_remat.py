@@ -142,6 +142,16 @@ def test_what_waits_on_the_host_is_fetched_and_sent(policy):
     assert len(puts) - len(out) == weights + len(out)
 
 
+def test_keeping_matmuls_recomputes_none_but_of_the_softmax():
+    matmuls = {
+        policy: sum(e.primitive.name == "dot_general" for e in differentiate(policy, 0).equations)
+        for policy in (False, "keep_matmuls", True)
+    }
+    logits = 2 * BLOCKS
+    assert matmuls["keep_matmuls"] == matmuls[False] + logits
+    assert matmuls[True] > matmuls["keep_matmuls"]
+
+
 @every_policy
 def test_frozen_weights_lie_where_the_step_reads_them(policy):
     swap = 1

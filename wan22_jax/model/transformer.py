@@ -261,18 +261,21 @@ def run_block(
     shift1, scale1, gate1, shift2, scale2, gate2 = (
         modulation_BTMD[:, :, m].reshape(-1, D) for m in range(6)
     )
+    shift1, weight1, gate1, shift2, weight2, gate2 = checkpoint_name(
+        (shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2), "modulation"
+    )
     norm = partial(
         residual_norm,
         eps=config.eps,
         dtype=text.rows.dtype,
         quantize=weights.linear("ffn.0").is_float8,
     )
-    x_ND, y = norm(x_BLD.reshape(-1, D), None, None, 1 + scale1, shift1)
+    x_ND, y = norm(x_BLD.reshape(-1, D), None, None, weight1, shift1)
     y_ND = attend_to_itself(y, weights, rope, config=config, batch=B)
     weight3, bias3 = arrays["norm3.weight"][None], arrays["norm3.bias"][None]
     x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
     y_ND = attend_to_text(y, weights, text, config=config, batch=B)
-    x_ND, y = norm(x_ND, y_ND, None, 1 + scale2, shift2)
+    x_ND, y = norm(x_ND, y_ND, None, weight2, shift2)
     (hidden_NF,) = linear(y, weights.linear("ffn.0"))
     hidden_NF = checkpoint_name(hidden_NF, "ffn_in")
     (y_ND,) = gelu_linear(hidden_NF, weights.linear("ffn.2"))
@@ -296,7 +299,9 @@ def attend_to_text(
 ) -> jax.Array:
     """Cross-attention from the rows of each example to its text; q and k are normalised."""
     (q_ND,) = checkpoint_name(linear(x, weights.linear("cross_attn.q")), "cross_q")
-    k_ND, v_ND = linear(text, weights.linear("cross_attn.kv"), groups=2)
+    k_ND, v_ND = checkpoint_name(
+        linear(text, weights.linear("cross_attn.kv"), groups=2), "cross_kv"
+    )
     q_ND = norm_rope(q_ND, weights.arrays["cross_attn.norm_q.weight"], None, eps=config.eps)
     k_ND = norm_rope(k_ND, weights.arrays["cross_attn.norm_k.weight"], None, eps=config.eps)
     rows_ND = _attend(q_ND, k_ND, v_ND, config=config, batch=batch, name="cross_attention")
