@@ -140,12 +140,12 @@ def test_gelu_backward(scaled):
 def test_scale_add_low_rank(transposed, scaled, rank):
     raw = draw(96, 2 * WIDTH, scale=30)  # padded rows, and columns that another call takes
     row_scale = power_of_two_scale(jnp.abs(draw(96, seed=1, dtype=jnp.float32)), FORWARD)
-    low = draw(TOKENS, rank, seed=2) if rank else None
+    low = draw(TOKENS, 2 * rank, seed=2) if rank else None
     high = draw(*((WIDTH, rank) if transposed else (rank, WIDTH)), seed=3) if rank else None
     args = (
         raw,
         row_scale if scaled else None,
-        jnp.asarray([0.125]) if scaled else None,
+        jnp.asarray([0.25, 0.125]) if scaled else None,
         draw(2 * WIDTH, seed=4),
         low,
         high,

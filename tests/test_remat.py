@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wan22_jax.model.block_weights import join_linears, named_arrays
 from wan22_jax.model.remat import POLICIES, Stack, _keeps
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.training.step import Draws, Frozen, loss_fn, place_frozen, split_model
@@ -122,8 +123,7 @@ NUM_KEPT = {
     "keep_attention": 1,
     "offload_attention": 1,
     "keep_qkv": 1 + 3 + 7,  # attention, q, k, v and seven products with A
-    "keep_matmuls": 2 + 3 + 7 + 2 + 4,  # both attentions; rotated q, k; o, cross_q, cross_o, ffn_in
-    "offload_matmuls": 2 + 3 + 7 + 2 + 4,
+    "offload_matmuls": 2 + 3 + 7 + 2 + 4,  # and rotated q, k; o, cross_q, cross_o, ffn_in
 }
 
 
@@ -138,15 +138,29 @@ def test_what_waits_on_the_host_is_fetched_and_sent(policy):
     stacks = (swap > 0) + (swap < BLOCKS) if POLICIES[policy].on_host else 0
     num_saved = 1 + NUM_KEPT.get(policy, 0)
     assert len(out) == stacks * num_saved
-    weights = 2 * 10 if swap else 0  # ten matrices, forward and backward
+    weights = 2 * 7 if swap else 0  # seven matrices, forward and backward
     assert len(puts) - len(out) == weights + len(out)
+
+
+def test_keeping_matmuls_recomputes_none_but_of_the_softmax():
+    matmuls = {
+        policy: sum(e.primitive.name == "dot_general" for e in differentiate(policy, 0).equations)
+        for policy in (False, "keep_matmuls", True)
+    }
+    logits = 2 * BLOCKS
+    assert matmuls["keep_matmuls"] == matmuls[False] + logits
+    assert matmuls[True] > matmuls["keep_matmuls"]
 
 
 @every_policy
 def test_frozen_weights_lie_where_the_step_reads_them(policy):
     swap = 1
     _, _, frozen = split_model(WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
-    by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(frozen["blocks"])}
+    by_name = named_arrays(frozen["blocks"])
+    for module, names in (("self_attn", "qkv"), ("cross_attn", "kv")):
+        for leaf in ("weight", "bias"):
+            parts = [by_name.pop(f"{module}.{name}.{leaf}") for name in names]
+            by_name[f"{module}.{names}.{leaf}"] = np.concatenate(parts, axis=1)
     parts = place(frozen, policy, swap).parts
     blocks: list[dict] = []
     for part in parts:
@@ -154,24 +168,24 @@ def test_frozen_weights_lie_where_the_step_reads_them(policy):
             blocks += part
             continue
         assert isinstance(part, Stack)
-        for path, leaf in part.on_host.items():
-            assert leaf.sharding.memory_kind == "pinned_host", path
-            assert leaf.ndim == 3, path
-        for path, leaf in part.on_device.items():
-            assert leaf.sharding.memory_kind == "device", path
+        for name, leaf in part.on_host.items():
+            assert leaf.sharding.memory_kind == "pinned_host", name
+            assert leaf.ndim == 3, name
+        for name, leaf in part.on_device.items():
+            assert leaf.sharding.memory_kind == "device", name
         rows = {**part.on_device, **part.on_host}
-        blocks += [{path: leaf[i] for path, leaf in rows.items()} for i in range(part.num_blocks)]
+        blocks += [{name: leaf[i] for name, leaf in rows.items()} for i in range(part.num_blocks)]
     on_host = [part for part in parts if isinstance(part, Stack) and part.on_host]
     assert sum(part.num_blocks for part in on_host) == swap
-    assert all(len(part.on_host) == 10 for part in on_host)
+    assert all(len(part.on_host) == 7 for part in on_host)
     assert any(isinstance(part, list) for part in parts) == (
         swap < BLOCKS and not POLICIES[policy].on_host
     )
     assert len(blocks) == BLOCKS
     for index, block in enumerate(blocks):
-        assert block.keys() == by_path.keys()
-        for path, leaf in block.items():
-            np.testing.assert_array_equal(leaf, by_path[path][index])
+        assert block.keys() == by_name.keys()
+        for name, leaf in block.items():
+            np.testing.assert_array_equal(leaf, by_name[name][index])
 
 
 def test_more_blocks_to_swap_than_there_are_means_all():
@@ -179,6 +193,22 @@ def test_more_blocks_to_swap_than_there_are_means_all():
     (part,) = place(frozen, False, 30).parts
     assert isinstance(part, Stack)
     assert part.num_blocks == BLOCKS
+
+
+def test_joined_linears_keep_their_scales_and_where_they_lie():
+    model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))
+    model.to_float8()
+    stacked = named_arrays(nnx.state(model.blocks))
+    on_host = {name: np.asarray(leaf) for name, leaf in stacked.items()}
+    joined = join_linears(on_host)
+    scales = [stacked[f"self_attn.{name}.weight_scale"] for name in "qkv"]
+    np.testing.assert_array_equal(joined["self_attn.qkv.weight_scale"], np.stack(scales, axis=1))
+    assert joined["self_attn.qkv.weight"].dtype == stacked["self_attn.q.weight"].dtype
+    assert all(isinstance(leaf, np.ndarray) for leaf in joined.values())
+    one = join_linears({name: leaf[1] for name, leaf in on_host.items()})
+    assert one.keys() == joined.keys() == join_linears(joined).keys()
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, joined[name][1])
 
 
 def test_the_fused_attention_of_gpus_is_named_by_its_primitive():

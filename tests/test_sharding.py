@@ -1,4 +1,4 @@
-"""Compiled programs on disk: the second process finds what the first one left."""
+"""XLA's flags, and compiled programs on disk: the second process finds what the first one left."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from wan22_jax import encode, sample
 from wan22_jax.errors import BadInput
+from wan22_jax.sharding import claim_gpu
 
 SCRIPT = """
 import logging
@@ -58,6 +59,20 @@ def test_the_second_process_does_not_compile_again(variables, expected, tmp_path
     assert any(path.name.endswith("-cache") for path in files)
     assert all(path.is_relative_to(tmp_path / expected) for path in files)
     assert compile_once(**variables).endswith("hit\n")
+
+
+def test_xla_knows_its_flags_and_the_users_win(monkeypatch):
+    """XLA ends a process at once whose flags it does not know."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_dot_merger_threshold_mb=16")
+    claim_gpu()
+    flags = "--xla_gpu_dot_merger_threshold_mb=16 --xla_gpu_enable_triton_gemm=false"
+    assert os.environ["XLA_FLAGS"] == flags
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    monkeypatch.delenv("XLA_FLAGS")
+    claim_gpu()
+    assert "--xla_gpu_dot_merger_threshold_mb=0" in os.environ["XLA_FLAGS"].split()
+    compile_once()
 
 
 def test_an_empty_variable_keeps_nothing(tmp_path):

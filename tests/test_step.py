@@ -270,17 +270,42 @@ def test_fresh_adapter_changes_nothing_and_a_trained_one_does():
 
 
 @pytest.mark.parametrize("alpha", [2.0, 5.0])
-def test_adapter_equals_merged_weights(alpha):
+@pytest.mark.parametrize("missing", [(), ("q", "o"), ("k", "v")])
+def test_adapter_equals_merged_weights(alpha, missing):
     model = make_model(rank=2, alpha=alpha)
     graphdef, trainable, frozen = split_model(model)
     model = nnx.merge(graphdef, fill_lora_b(trainable), frozen)
+    for attention in (model.blocks.self_attn, model.blocks.cross_attn):
+        for name in missing:
+            linear = getattr(attention, name)
+            linear.lora_A = linear.lora_B = None
     args = (jnp.ones((1, 2, 4, 4, 48)), jnp.full((1, 2), 0.5), jnp.ones((1, 4, 8)))
     branch = model(*args)
     for _, linear in model.lora_targets():
+        if linear.lora_A is None:
+            continue
         delta = (alpha / 2) * jnp.einsum("nor,nri->noi", linear.lora_B[...], linear.lora_A[...])
         linear.weight[...] = linear.weight[...] + delta
         linear.lora_A = linear.lora_B = None
     np.testing.assert_allclose(model(*args), branch, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_16_bit_model_are_not_rounded_to_it():
+    graphdef, trainable, frozen = split_model(make_model())
+    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
+    gradients = jax.grad(loss_fn)(
+        fill_lora_b(trainable),
+        Frozen(frozen),
+        latents_BTYXC,
+        text_BSE,
+        draw_batch(2, 3, 0.0),
+        graphdef=graphdef,
+        activation_checkpointing=True,
+    )
+    for name, leaf in flatten_state(gradients).items():
+        assert leaf.dtype == jnp.float32, name
+        assert np.mean(leaf == leaf.astype(jnp.bfloat16).astype(jnp.float32)) < 0.1, name
 
 
 def test_adapter_covers_the_ten_linears_of_each_block():

@@ -24,13 +24,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def claim_gpu() -> None:
     """Sets XLA up for a GPU that is ours alone; the user's own environment variables win.
 
-    Before the first array is made. JAX would limit itself to three quarters of the memory; and
-    autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md).
+    Before the first array is made. JAX would limit itself to three quarters of the memory;
+    autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
+    and XLA would make one of matmuls that share an operand, copying their other operands in every
+    step: weights and gradients.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+    for flag, value in (
+        ("xla_gpu_enable_triton_gemm", "false"),
+        ("xla_gpu_dot_merger_threshold_mb", "0"),
+    ):
+        if flag not in flags:
+            flags = f"{flags} --{flag}={value}".strip()
+    os.environ["XLA_FLAGS"] = flags
 
 
 def keep_compiled() -> None:

@@ -21,9 +21,9 @@ from wan22_jax.model.fp8 import (
     BACKWARD,
     FORWARD,
     float8_matmul,
-    is_float8,
     power_of_two_scale,
 )
+from wan22_jax.model.lora import LowRank
 from wan22_jax.model.rope import apply_rope
 
 Table = jax.Array
@@ -180,8 +180,10 @@ def gelu_backward_twin(
     return y_NF, dx_NF, *quantize_rows_twin([dx_NF], scale_1, dtype=BACKWARD)
 
 
-def quantize(x_ND: jax.Array) -> Activation:
-    """Gives rows in float8 too; the gradient goes through the rows alone."""
+def activate(x_ND: jax.Array, *, is_float8: bool) -> Activation:
+    """Gives rows in float8 too, if asked for; the gradient goes through the rows alone."""
+    if not is_float8:
+        return Activation(x_ND)
     fixed_ND = jax.lax.stop_gradient(x_ND)
     return Activation(x_ND, *_quantize_rows([fixed_ND], None, dtype=FORWARD))
 
@@ -211,125 +213,124 @@ class LinearWeights(NamedTuple):
     weight_OI: jax.Array  # float8_e4m3fn with a scale, or a wider type without
     scale_G: jax.Array | None  # one a group
     bias_O: jax.Array | None
-    lora_A: jax.Array | None  # [groups * R, I], the adapters one below the other
-    lora_B: jax.Array | None  # [O, R]
+    lora: LowRank | None = None  # in the activations' dtype
+    trained: LowRank | None = None  # what it was rounded from: not read, but gets the gradient
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the input is wanted in float8 too."""
+        return self.scale_G is not None
 
 
-def linear(
-    x: Activation, weights: LinearWeights, *, groups: int = 1, lora_scale: float = 0.0
-) -> tuple[jax.Array, ...]:
-    """Returns x W^T + b + lora_scale * (x A^T) B^T, in x's dtype: [N, O / groups] a group.
+def linear(x: Activation, weights: LinearWeights, *, groups: int = 1) -> tuple[jax.Array, ...]:
+    """Returns x W^T + b + (x A^T) B^T, in x's dtype: [N, O / groups] a group.
 
     With a float8 weight the first product is float8, forward with e4m3 and backward with e5m2;
     the adapter's products are in x's dtype. Sums are in float32 and rounded once.
     """
-    return _linear((groups, lora_scale), x, weights)
+    return _linear(groups, x, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple[jax.Array, ...]:
-    return _linear_forward(static, x, w)[0]
+def _linear(groups: int, x: Activation, w: LinearWeights) -> tuple[jax.Array, ...]:
+    return _linear_forward(groups, x, w)[0]
 
 
-def _linear_forward(static: tuple[int, float], x: Activation, w: LinearWeights) -> tuple:
-    groups, lora_scale = static
-    if is_float8(w.weight_OI.dtype):
+def _linear_forward(groups: int, x: Activation, w: LinearWeights) -> tuple:
+    # The barrier has all blocks' rows of a stack cast and copied at once, in a few kernels. Without
+    # it XLA copies them one by one for the backward pass and lets this matmul read the stack.
+    w = w._replace(lora=jax.lax.optimization_barrier(w.lora), trained=None)
+    if w.is_float8:
         assert x.float8 is not None
         raw_NO = float8_matmul(x.float8, w.weight_OI)
     else:
         raw_NO = matmul(x.rows, w.weight_OI.T)
-    low = None
-    if w.lora_A is None and x.scale is None:  # nothing that the matmul cannot add itself
+    width = raw_NO.shape[1] // groups
+    columns = [slice(start, start + width) for start in range(0, raw_NO.shape[1], width)]
+    if w.lora is None and x.scale is None:  # nothing that the matmul cannot add itself
         raw_NO = raw_NO if w.bias_O is None else raw_NO + w.bias_O.astype(raw_NO.dtype)[None]
-        return tuple(raw_NO[:, columns] for columns, *_ in _groups(groups, w, low)), (x, w, low)
-    if w.lora_A is not None:
-        low = checkpoint_name(matmul(x.rows, (lora_scale * w.lora_A).T), "low_rank")
-    scale_add_low_rank = _choose_sum(raw_NO.dtype, raw_NO.shape[1] // groups)
+        return tuple(raw_NO[:, group] for group in columns), (x, w, None)
+    low_NR, matrices_b = None, (None,) * groups
+    if w.lora is not None:
+        low_NR = checkpoint_name(matmul(x.rows, w.lora.matrix_a.T), "low_rank")
+        matrices_b = w.lora.matrices_b
+    scale_add_low_rank = _choose_sum(raw_NO.dtype, width)
     outs = tuple(
         scale_add_low_rank(
-            *(raw_NO, x.scale, scale, w.bias_O, low_g, high_g),
+            *(raw_NO, x.scale, w.scale_G, w.bias_O, low_NR, matrix_b),
             num_rows=x.rows.shape[0],
-            columns=columns,
+            columns=group,
             transposed=True,
         )
-        for columns, scale, low_g, high_g in _groups(groups, w, low)
+        for group, matrix_b in zip(columns, matrices_b, strict=True)
     )
-    return outs, (x, w, low)
+    return outs, (x, w, low_NR)
 
 
 def _linear_backward(
-    static: tuple[int, float], saved: tuple, grads: tuple, *quantized: jax.Array
-) -> tuple:
+    groups: int, saved: tuple, grads: tuple, *quantized: jax.Array
+) -> tuple[Activation, LinearWeights]:
     """The gradients; ``quantized`` are those of the outputs in float8, if someone has them."""
-    x, w, low = saved
-    dx_NI, dlow = _input_gradient(static, w, low, grads, *quantized)
+    x, w, low_NR = saved
+    dx_NI, dlow_NR = _input_gradient(w, grads, *quantized)
     zeros = (None if leaf is None else jnp.zeros_like(leaf) for leaf in x[1:])
-    return Activation(dx_NI, *zeros), _weight_gradients(static, x.rows, w, low, dlow, grads)
+    weights = _weight_gradients(groups, x.rows, w, low_NR, dlow_NR, grads)
+    return Activation(dx_NI, *zeros), weights
 
 
 def _input_gradient(
-    static: tuple[int, float],
-    w: LinearWeights,
-    low: jax.Array | None,
-    grads: tuple,
-    *quantized: jax.Array,
+    w: LinearWeights, grads: tuple, *quantized: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """The gradients of the rows and of their products with A."""
-    groups, lora_scale = static
-    grad_scale = dlow = None
-    if is_float8(w.weight_OI.dtype):
+    grad_scale = dlow_NR = matrix_a = None
+    if w.is_float8:
         grad8, grad_scale = quantized or _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
         raw_NI = float8_matmul(grad8, w.weight_OI.T)
     else:
         raw_NI = matmul(jnp.concatenate(grads, axis=1), w.weight_OI)
-    if w.lora_A is not None:
-        highs = (high_g for *_, high_g in _groups(groups, w, low))
-        dlow = [matmul(grad, lora_scale * high) for grad, high in zip(grads, highs, strict=True)]
-        dlow = jnp.concatenate(dlow, axis=1)
+    if w.lora is not None:
+        matrix_a, matrices_b = w.lora
+        dlow = [matmul(grad, b) for grad, b in zip(grads, matrices_b, strict=True)]
+        dlow_NR = jnp.concatenate(dlow, axis=1)
     dx_NI = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
-        *(raw_NI, grad_scale, None, None, dlow, w.lora_A),
+        *(raw_NI, grad_scale, None, None, dlow_NR, matrix_a),
         num_rows=grads[0].shape[0],
         columns=slice(0, raw_NI.shape[1]),
         transposed=False,
     )
-    return dx_NI, dlow
+    return dx_NI, dlow_NR
 
 
 def _weight_gradients(
-    static: tuple[int, float],
+    groups: int,
     rows_NI: jax.Array,
     w: LinearWeights,
-    low: jax.Array | None,
-    dlow: jax.Array | None,
+    low_NR: jax.Array | None,
+    dlow_NR: jax.Array | None,
     grads: tuple,
 ) -> LinearWeights:
-    groups, _ = static
-    dweight, dbias, da, db = jnp.zeros_like(w.weight_OI), None, None, None
-    if not is_float8(w.weight_OI.dtype):
+    dweight, dbias, dlora, dtrained = jnp.zeros_like(w.weight_OI), None, None, None
+    if not w.is_float8:
         dweight = matmul(jnp.concatenate(grads, axis=1).T, rows_NI, jnp.float32)
         dweight = dweight.astype(w.weight_OI.dtype)
     if w.bias_O is not None:
         dbias = jnp.concatenate([g.astype(jnp.float32).sum(axis=0) for g in grads])
         dbias = dbias.astype(w.bias_O.dtype)
-    if w.lora_A is not None and dlow is not None:
-        da = matmul(dlow.T, rows_NI, jnp.float32).astype(w.lora_A.dtype)
-        lows = (low_g for *_, low_g, _ in _groups(groups, w, low))
-        db = [matmul(grad.T, low_g, jnp.float32) for grad, low_g in zip(grads, lows, strict=True)]
-        db = jnp.concatenate(db, axis=0).astype(w.lora_A.dtype)
+    if low_NR is not None and dlow_NR is not None:
+        da = matmul(dlow_NR.T, rows_NI, jnp.float32)
+        # Of all groups at once: as fast as of one, whose columns would have to be copied first.
+        db = [jnp.split(matmul(grad.T, low_NR, jnp.float32), groups, axis=1) for grad in grads]
+        dtrained = LowRank(da, tuple(each[group] for group, each in enumerate(db)))
+        dlora = jax.tree.map(jnp.zeros_like, w.lora)
     dscale = None if w.scale_G is None else jnp.zeros_like(w.scale_G)
-    return LinearWeights(dweight, dscale, dbias, da, db)
+    return LinearWeights(dweight, dscale, dbias, dlora, dtrained)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def linear_gelu_linear(
-    x: Activation,
-    first: LinearWeights,
-    second: LinearWeights,
-    *,
-    lora_scales: tuple[float, float],
-    name: str,
+    x: Activation, first: LinearWeights, second: LinearWeights, *, name: str
 ) -> jax.Array:
     """``linear`` on gelu(``linear`` on x), differentiated as one.
 
@@ -338,57 +339,41 @@ def linear_gelu_linear(
     the result on the way. Three gradients could not: JAX hands one array an output from each to
     the next, so that the first linear would read its gradient again to quantise it.
     """
-    return _linear_gelu_linear((lora_scales, name), x, first, second)
+    return _linear_gelu_linear(name, x, first, second)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_gelu_linear(static: tuple, *args: Any) -> jax.Array:
-    return _linear_gelu_linear_forward(static, *args)[0]
+def _linear_gelu_linear(name: str, *args: Any) -> jax.Array:
+    return _linear_gelu_linear_forward(name, *args)[0]
 
 
 def _linear_gelu_linear_forward(
-    static: tuple, x: Activation, first: LinearWeights, second: LinearWeights
+    name: str, x: Activation, first: LinearWeights, second: LinearWeights
 ) -> tuple:
-    (first_scale, second_scale), name = static
-    (hidden_NF,), saved = _linear_forward((1, first_scale), x, first)
+    (hidden_NF,), saved = _linear_forward(1, x, first)
     hidden_NF = checkpoint_name(hidden_NF, name)
     fused = _has_kernels(hidden_NF.dtype, hidden_NF.shape[1])
     gelu: Callable = kernels.gelu_quantize if fused else gelu_twin
-    rows = Activation(*gelu(hidden_NF, quantize=is_float8(second.weight_OI.dtype)))
-    (out_NO,), (_, _, low) = _linear_forward((1, second_scale), rows, second)
-    return out_NO, (saved, hidden_NF, second, low)
+    rows = Activation(*gelu(hidden_NF, quantize=second.is_float8))
+    (out_NO,), (_, second, low_NR) = _linear_forward(1, rows, second)
+    return out_NO, (saved, hidden_NF, second, low_NR)
 
 
-def _linear_gelu_linear_backward(static: tuple, saved: tuple, grad_NO: jax.Array) -> tuple:
-    (first_scale, second_scale), _ = static
-    saved_first, hidden_NF, second, low = saved
+def _linear_gelu_linear_backward(name: str, saved: tuple, grad_NO: jax.Array) -> tuple:
+    del name
+    saved_first, hidden_NF, second, low_NR = saved
     _, first, _ = saved_first
     # Where low is computed again it reads the hidden rows, whose memory gelu_backward takes.
-    hidden_NF, low = jax.lax.optimization_barrier((hidden_NF, low))
-    grad_NF, dlow = _input_gradient((1, second_scale), second, low, (grad_NO,))
+    hidden_NF, low_NR = jax.lax.optimization_barrier((hidden_NF, low_NR))
+    grad_NF, dlow_NR = _input_gradient(second, (grad_NO,))
     fused = _has_kernels(hidden_NF.dtype, hidden_NF.shape[1])
     gelu_backward: Callable = kernels.gelu_backward if fused else gelu_backward_twin
     rows_NF, grad_NF, *quantized = gelu_backward(hidden_NF, grad_NF, first.scale_G)
-    dsecond = _weight_gradients((1, second_scale), rows_NF, second, low, dlow, (grad_NO,))
-    return *_linear_backward((1, first_scale), saved_first, (grad_NF,), *quantized), dsecond
+    dsecond = _weight_gradients(1, rows_NF, second, low_NR, dlow_NR, (grad_NO,))
+    return *_linear_backward(1, saved_first, (grad_NF,), *quantized), dsecond
 
 
 _linear_gelu_linear.defvjp(_linear_gelu_linear_forward, _linear_gelu_linear_backward)
-
-
-def _groups(groups: int, w: LinearWeights, low: jax.Array | None) -> list[tuple]:
-    """Columns of the output, scale of the weight, low-rank activations and B of each group."""
-    width = w.weight_OI.shape[0] // groups
-    found = []
-    for group in range(groups):
-        columns = slice(group * width, (group + 1) * width)
-        scale = None if w.scale_G is None else w.scale_G[group : group + 1]
-        low_g = high_g = None
-        if low is not None and w.lora_B is not None:
-            rank = w.lora_B.shape[1]
-            low_g, high_g = low[:, group * rank : (group + 1) * rank], w.lora_B[columns]
-        found.append((columns, scale, low_g, high_g))
-    return found
 
 
 def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
@@ -400,7 +385,7 @@ def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
 def scale_add_low_rank_twin(
     raw: jax.Array,
     row_scale: jax.Array | None,
-    scale_1: jax.Array | None,
+    scale_G: jax.Array | None,
     bias: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
@@ -409,16 +394,22 @@ def scale_add_low_rank_twin(
     columns: slice,
     transposed: bool,
 ) -> jax.Array:
-    """Some rows and columns of raw: raw * row_scale * scale + bias + low high(^T)."""
+    """Some rows of raw, and one group's columns: raw * row_scale * scale + bias + low high(^T).
+
+    Scales, bias and low are those of all groups, high is the group's.
+    """
+    group = columns.start // (columns.stop - columns.start)
     out = raw[:num_rows, columns].astype(jnp.float32)
     if row_scale is not None:
         out = out * row_scale[:num_rows, None]
-    if scale_1 is not None:
-        out = out * scale_1[None]
+    if scale_G is not None:
+        out = out * scale_G[group]
     if bias is not None:
         out = out + bias[None, columns].astype(jnp.float32)
     if low is not None and high is not None:
-        out = out + matmul(low, high.T if transposed else high, jnp.float32)
+        high = high.T if transposed else high
+        rank = high.shape[0]
+        out = out + matmul(low[:, group * rank : (group + 1) * rank], high, jnp.float32)
     return out.astype(raw.dtype)
 
 

@@ -289,7 +289,7 @@ def gelu_backward(
 def scale_add_low_rank(
     raw_NC: jax.Array,
     row_scale_N: jax.Array | None,
-    scale_1: jax.Array | None,
+    scale_G: jax.Array | None,
     bias_C: jax.Array | None,
     low_NR: jax.Array | None,
     high: jax.Array | None,
@@ -302,25 +302,27 @@ def scale_add_low_rank(
     """See ``fused.scale_add_low_rank_twin``."""
     width = columns.stop - columns.start
     tile = min(_TILE_COLUMNS, _vector(width))
-    first = columns.start // tile
+    first, group = columns.start // tile, columns.start // width
     specs, arrays = [pl.BlockSpec((_TILE_ROWS, tile), lambda i, j: (i, j + first))], [raw_NC]
     if row_scale_N is not None:
         specs.append(pl.BlockSpec((_TILE_ROWS,), lambda i, j: (i,)))  # noqa: ARG005
         arrays.append(row_scale_N)
-    if scale_1 is not None:
-        specs.append(pl.BlockSpec((1,), lambda i, j: (0,)))  # noqa: ARG005
-        arrays.append(scale_1)
+    if scale_G is not None:
+        specs.append(pl.BlockSpec((1,), lambda i, j: (group,)))  # noqa: ARG005
+        arrays.append(scale_G)
     if bias_C is not None:
         specs.append(pl.BlockSpec((tile,), lambda i, j: (j + first,)))  # noqa: ARG005
         arrays.append(bias_C)
     rank = depth = 0
     if low_NR is not None and high is not None:
-        if pad := -low_NR.shape[1] % 16:  # the least depth of a matmul
+        rank = high.shape[1 if transposed else 0]
+        if pad := -rank % 16:  # the least depth of a matmul
             high = jnp.pad(high, ((0, 0), (0, pad)) if transposed else ((0, pad), (0, 0)))
-            low_NR = jnp.pad(low_NR, ((0, 0), (0, pad)))
-        rank = low_NR.shape[1]
+            low_NGR = low_NR.reshape(low_NR.shape[0], -1, rank)
+            low_NR = jnp.pad(low_NGR, ((0, 0), (0, 0), (0, pad))).reshape(low_NR.shape[0], -1)
+            rank += pad
         depth = min(rank & -rank, 64)
-        specs.append(pl.BlockSpec((_TILE_ROWS, rank), lambda i, j: (i, 0)))  # noqa: ARG005
+        specs.append(pl.BlockSpec((_TILE_ROWS, rank), lambda i, j: (i, group)))  # noqa: ARG005
         shape = (tile, rank) if transposed else (rank, tile)
         specs.append(
             pl.BlockSpec(shape, (lambda i, j: (j, 0)) if transposed else (lambda i, j: (0, j)))  # noqa: ARG005
@@ -336,7 +338,7 @@ def scale_add_low_rank(
         row_scale = None
         if row_scale_N is not None:
             row_scale = plgpu.load(refs.pop(0).at[:], mask=inside, other=1)[:, None]
-        if scale_1 is not None:
+        if scale_G is not None:
             out = out * refs.pop(0)[...][None, :]
         bias = refs.pop(0)[:][None, :].astype(jnp.float32) if bias_C is not None else None
         if rank:

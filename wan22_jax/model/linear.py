@@ -13,17 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan22_jax.model.fp8 import quantize_weight
-from wan22_jax.model.fused import (
-    Activation,
-    LinearWeights,
-    Rope,
-    linear,
-    linear_gelu_linear,
-    norm_rope,
-    norm_rope_twin,
-    quantize,
-)
-from wan22_jax.model.lora import LoRAParam, init_lora
+from wan22_jax.model.fused import Activation, LinearWeights, activate, linear, norm_rope_twin
+from wan22_jax.model.lora import LoRAParam, LowRank, init_lora, round_low_rank
 
 LayerT = TypeVar("LayerT", bound=nnx.Module)
 
@@ -53,59 +44,28 @@ class Linear(nnx.Module):
         self.weight, self.weight_scale = nnx.Param(weight), nnx.Param(scale)
 
     @property
-    def adapter_shape(self) -> tuple[int, float] | None:
-        """Rank and scale of the adapter, None without one."""
-        return None if self.lora_A is None else (self.lora_A.shape[-2], self.lora_scale)
-
-    @property
-    def is_float8(self) -> bool:
-        """Whether the input is wanted in float8 too."""
-        return self.weight_scale is not None
+    def low_rank(self) -> LowRank | None:
+        """What the adapter adds, None without one."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return LowRank(self.lora_scale * self.lora_A[...], (self.lora_B[...],))
 
     def activate(self, rows: jax.Array) -> Activation:
-        """Gives rows [N, in] the form in which ``project`` takes them for this layer."""
-        return quantize(rows) if self.is_float8 else Activation(rows)
+        """Gives rows [N, in] the form in which ``fused.linear`` takes them for this layer."""
+        return activate(rows, is_float8=self.weight_scale is not None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., in] to [..., out] in x's dtype."""
-        (y,) = project(self.activate(x.reshape(-1, x.shape[-1])), self)
+        scale, bias, low_rank = self.weight_scale, self.bias, self.low_rank
+        weights = LinearWeights(
+            self.weight[...],
+            None if scale is None else scale[...].reshape(1),
+            None if bias is None else bias[...],
+            round_low_rank(low_rank, x.dtype),
+            low_rank,
+        )
+        (y,) = linear(self.activate(x.reshape(-1, x.shape[-1])), weights)
         return y.reshape(*x.shape[:-1], -1)
-
-
-def project(x: Activation, *linears: Linear) -> tuple[jax.Array, ...]:
-    """Runs one linear, or several of one width on the same rows; one matmul if alike."""
-    if len({each.adapter_shape for each in linears}) > 1:
-        return tuple(out for each in linears for out in project(x, each))
-    weights = join_weights(*linears)
-    return linear(x, weights, groups=len(linears), lora_scale=linears[0].lora_scale)
-
-
-def project_through_gelu(x: Activation, first: Linear, second: Linear, *, name: str) -> jax.Array:
-    """Runs two linears with a GELU between, of which remat may keep the input by its name."""
-    weights = join_weights(first), join_weights(second)
-    scales = first.lora_scale, second.lora_scale
-    return linear_gelu_linear(x, *weights, lora_scales=scales, name=name)
-
-
-def join_weights(*linears: Linear) -> LinearWeights:
-    """Takes the arrays out of linears, those of several joined along the output."""
-
-    def join(params: list[nnx.Param | None]) -> jax.Array | None:
-        arrays = [param[...] for param in params if param is not None]
-        if len(arrays) <= 1:
-            return arrays[0] if arrays else None
-        return jnp.concatenate(arrays, axis=0)
-
-    scales = [each.weight_scale[...] for each in linears if each.weight_scale is not None]
-    weight_OI = join([each.weight for each in linears])
-    assert weight_OI is not None
-    return LinearWeights(
-        weight_OI=weight_OI,
-        scale_G=jnp.stack(scales) if scales else None,
-        bias_O=join([each.bias for each in linears]),
-        lora_A=join([each.lora_A for each in linears]),
-        lora_B=join([each.lora_B for each in linears]),
-    )
 
 
 def stack_layers(
@@ -140,7 +100,3 @@ class RMSNorm(nnx.Module):
         """Keeps x's dtype; statistics in float32."""
         rows = x.reshape(-1, x.shape[-1])
         return norm_rope_twin(self.eps, rows, self.weight[...], None).reshape(x.shape)
-
-    def rotate(self, x_ND: jax.Array, rope: Rope | None) -> jax.Array:
-        """Normalises rows and rotates them, see ``fused.norm_rope``."""
-        return norm_rope(x_ND, self.weight[...], rope, eps=self.eps)

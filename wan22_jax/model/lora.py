@@ -1,14 +1,24 @@
 """Low-rank adapters: which parameters train, and how they start (Hu et al. 2021)."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class LoRAParam(nnx.Param):
     """A trainable adapter matrix; everything else in a model is frozen while these train."""
+
+
+class LowRank(NamedTuple):
+    """What adapters add to linears that read the same rows x: (x A^T) B^T, one B a linear."""
+
+    matrix_a: jax.Array  # [groups * R, in], scaled, those of the linears one below the other
+    matrices_b: tuple[jax.Array, ...]  # [out, R] each
 
 
 def init_lora(
@@ -23,3 +33,21 @@ def init_lora(
     bound = 1 / math.sqrt(num_in)
     matrix_a = jax.random.uniform(key, (*stack, rank, num_in), jnp.float32, -bound, bound)
     return LoRAParam(matrix_a), LoRAParam(jnp.zeros((*stack, num_out, rank)))
+
+
+def join_low_rank(parts: Sequence[LowRank | None]) -> LowRank | None:
+    """Joins what adapters of one rank add to linears that read the same rows; None adds zero.
+
+    Leading axes (stacked layers) are kept.
+    """
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    zero = jax.tree.map(jnp.zeros_like, present[0])
+    all_a, all_b = zip(*(part or zero for part in parts), strict=True)
+    return LowRank(jnp.concatenate(all_a, axis=-2), sum(all_b, ()))
+
+
+def round_low_rank(trained: LowRank | None, dtype: DTypeLike) -> LowRank | None:
+    """Casts what an adapter adds; the gradient is taken for the trained one, see ``fused``."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), jax.lax.stop_gradient(trained))

@@ -18,6 +18,7 @@ Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
 _MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
+_SMALL = ("modulation", "cross_kv")  # not worth the way to the host
 _INPUT = "block_input"
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
@@ -38,7 +39,7 @@ POLICIES: dict[bool | str, Remat] = {
     "keep_attention": Remat(keep=_ATTENTION),
     "offload_attention": Remat(keep=_ATTENTION, on_host=True),
     "keep_qkv": Remat(keep=(*_ATTENTION, "low_rank", "qkv")),
-    "keep_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS)),
+    "keep_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS, *_SMALL)),
     "offload_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS), on_host=True),
 }
 

@@ -6,7 +6,7 @@ attention run in the dtype of the weights; the residual stream has the weights' 
 as diffusion-pipe) or float32 (``float32_residual``, as the original samples).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +18,24 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from wan22_jax.model.attention import attend
+from wan22_jax.model.block_weights import (
+    Adapters,
+    Arrays,
+    BlockWeights,
+    join_adapters,
+    join_linears,
+    named_arrays,
+)
 from wan22_jax.model.fused import (
     Activation,
+    LinearWeights,
     Rope,
+    activate,
     add_gated,
     layer_norm,
+    linear,
+    linear_gelu_linear,
+    norm_rope,
     residual_norm,
 )
 from wan22_jax.model.linear import (
@@ -30,15 +43,11 @@ from wan22_jax.model.linear import (
     Linear,
     RMSNorm,
     along_last,
-    project,
-    project_through_gelu,
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, run_blocks
 from wan22_jax.model.rope import rope_tables
-
-FlatState = Mapping[tuple, jax.Array]  # by path
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
-        parts: Sequence[list[FlatState] | Stack] = (),
+        parts: Sequence[list[Arrays] | Stack] = (),
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -105,8 +114,8 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            parts: frozen weights of the blocks, by path, to read instead of those of
-                ``self.blocks``; see ``training.step.place_frozen``.
+            parts: frozen weights of the blocks to read instead of those of ``self.blocks``; see
+                ``training.step.place_frozen``.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -121,16 +130,23 @@ class WanTransformer(nnx.Module):
         time_BTD, time_BTMD = self._embed_time(jnp.asarray(sigma_BT, jnp.float32))
         rope = rope_tables(grid_TYX, config.dim // config.num_heads)
         text = self.blocks.cross_attn.k.activate(text_BSD.reshape(-1, config.dim))
-        graphdef, trainable, frozen = nnx.split(self.blocks, LoRAParam, ...)
+        frozen = nnx.state(self.blocks, nnx.Not(LoRAParam))
+        adapters = join_adapters(
+            {path.removeprefix("blocks."): layer for path, layer in self.lora_targets()},
+            dtype=dtype,
+        )
 
-        def run_block(x: jax.Array, lora: nnx.State, frozen: tuple, context: tuple) -> jax.Array:
-            return nnx.merge(graphdef, lora, *map(to_state, frozen))(x, *context)
+        def run(x: jax.Array, adapters: Adapters, frozen: tuple, context: tuple) -> jax.Array:
+            arrays = {name: array for part in frozen for name, array in part.items()}
+            return run_block(
+                x, BlockWeights(join_linears(arrays), adapters), *context, config=config
+            )
 
         x_BLD = run_blocks(
-            run_block,
+            run,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
-            trainable,
-            parts or [Stack(frozen, {})],
+            adapters,
+            parts or [Stack(named_arrays(frozen), {})],
             (time_BTMD, text, rope),
             POLICIES[activation_checkpointing],
         )
@@ -147,13 +163,13 @@ class WanTransformer(nnx.Module):
 
     def add_lora(self, key: Array, *, rank: int, alpha: float) -> None:
         """Attaches a fresh float32 adapter to the ten linears of every block."""
-        for index, (_, linear) in enumerate(self.lora_targets()):
-            linear.add_lora(jax.random.fold_in(key, index), rank=rank, alpha=alpha)
+        for index, (_, layer) in enumerate(self.lora_targets()):
+            layer.add_lora(jax.random.fold_in(key, index), rank=rank, alpha=alpha)
 
     def to_float8(self) -> None:
         """Stores the weights of the ten linears of every block in float8."""
-        for _, linear in self.lora_targets():
-            linear.to_float8()
+        for _, layer in self.lora_targets():
+            layer.to_float8()
 
     def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
         # The zero rows go through the MLP and become a constant that every query attends to.
@@ -196,10 +212,9 @@ class PatchEmbedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level."""
+    """Parameters of ``run_block``."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.eps = config.eps
         self.modulation = nnx.Param(
             jax.random.normal(rngs.params(), (1, 6, config.dim)) / np.sqrt(config.dim)
         )
@@ -213,41 +228,12 @@ class Block(nnx.Module):
             }
         )
 
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        time_BTMD: jax.Array,
-        text: Activation,
-        rope: Rope,
-    ) -> jax.Array:
-        """Returns the residual stream in its own dtype; branches compute in the text's dtype."""
-        B, L, D = x_BLD.shape
-        modulation_BTMD = self.modulation[...].astype(jnp.float32)[None] + time_BTMD
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            modulation_BTMD[:, :, m].reshape(-1, D) for m in range(6)
-        )
-        norm = partial(
-            residual_norm,
-            eps=self.eps,
-            dtype=text.rows.dtype,
-            quantize=self.ffn["0"].is_float8,
-        )
-        x_ND, y = norm(x_BLD.reshape(-1, D), None, None, 1 + scale1, shift1)
-        y_ND = self.self_attn.attend_to_itself(y, rope, batch=B)
-        weight3, bias3 = self.norm3.weight[...][None], self.norm3.bias[...][None]
-        x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
-        y_ND = self.cross_attn.attend_to_text(y, text, batch=B)
-        x_ND, y = norm(x_ND, y_ND, None, 1 + scale2, shift2)
-        y_ND = project_through_gelu(y, self.ffn["0"], self.ffn["2"], name="ffn_in")
-        return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
-
 
 class Attention(nnx.Module):
-    """Multi-head attention whose q and k are RMS-normalised over the full width."""
+    """Parameters of ``attend_to_itself`` or ``attend_to_text``."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads = config.num_heads
         self.q = Linear(dim, dim, rngs=rngs)
         self.k = Linear(dim, dim, rngs=rngs)
         self.v = Linear(dim, dim, rngs=rngs)
@@ -255,30 +241,81 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(dim, eps=config.eps)
         self.norm_k = RMSNorm(dim, eps=config.eps)
 
-    def attend_to_itself(self, x: Activation, rope: Rope, *, batch: int) -> jax.Array:
-        """Self-attention of the rows of each example; q and k are rotated."""
-        q_ND, k_ND, v_ND = checkpoint_name(project(x, self.q, self.k, self.v), "qkv")
-        q_ND, k_ND = self.norm_q.rotate(q_ND, rope), self.norm_k.rotate(k_ND, rope)
-        q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
-        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "attention"), "o")
 
-    def attend_to_text(self, x: Activation, text: Activation, *, batch: int) -> jax.Array:
-        """Cross-attention from the rows of each example to its text."""
-        q_ND = checkpoint_name(project(x, self.q)[0], "cross_q")
-        k_ND, v_ND = project(text, self.k, self.v)
-        q_ND, k_ND = self.norm_q.rotate(q_ND, None), self.norm_k.rotate(k_ND, None)
-        return checkpoint_name(self._attend(q_ND, k_ND, v_ND, batch, "cross_attention"), "cross_o")
+def run_block(
+    x_BLD: jax.Array,
+    weights: BlockWeights,
+    time_BTMD: jax.Array,
+    text: Activation,
+    rope: Rope,
+    *,
+    config: TransformerConfig,
+) -> jax.Array:
+    """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level.
 
-    def _attend(
-        self, q_ND: jax.Array, k_ND: jax.Array, v_ND: jax.Array, batch: int, name: str
-    ) -> jax.Array:
-        heads = (
-            x.reshape(batch, -1, self.num_heads, x.shape[1] // self.num_heads)
-            for x in (q_ND, k_ND, v_ND)
-        )
-        rows_ND = attend(*heads, name=name).reshape(q_ND.shape)
-        (out_ND,) = project(self.o.activate(rows_ND), self.o)
-        return out_ND
+    Returns the residual stream in its own dtype; branches compute in the text's dtype.
+    """
+    B, L, D = x_BLD.shape
+    arrays = weights.arrays
+    modulation_BTMD = arrays["modulation"].astype(jnp.float32)[None] + time_BTMD
+    shift1, scale1, gate1, shift2, scale2, gate2 = (
+        modulation_BTMD[:, :, m].reshape(-1, D) for m in range(6)
+    )
+    shift1, weight1, gate1, shift2, weight2, gate2 = checkpoint_name(
+        (shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2), "modulation"
+    )
+    norm = partial(
+        residual_norm,
+        eps=config.eps,
+        dtype=text.rows.dtype,
+        quantize=weights.linear("ffn.0").is_float8,
+    )
+    x_ND, y = norm(x_BLD.reshape(-1, D), None, None, weight1, shift1)
+    y_ND = attend_to_itself(y, weights, rope, config=config, batch=B)
+    weight3, bias3 = arrays["norm3.weight"][None], arrays["norm3.bias"][None]
+    x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
+    y_ND = attend_to_text(y, weights, text, config=config, batch=B)
+    x_ND, y = norm(x_ND, y_ND, None, weight2, shift2)
+    up, down = weights.linear("ffn.0"), weights.linear("ffn.2")
+    y_ND = linear_gelu_linear(y, up, down, name="ffn_in")
+    return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
+
+
+def attend_to_itself(
+    x: Activation, weights: BlockWeights, rope: Rope, *, config: TransformerConfig, batch: int
+) -> jax.Array:
+    """Self-attention of the rows of each example; q and k are normalised and rotated."""
+    q_ND, k_ND, v_ND = checkpoint_name(linear(x, weights.linear("self_attn.qkv"), groups=3), "qkv")
+    q_ND = norm_rope(q_ND, weights.arrays["self_attn.norm_q.weight"], rope, eps=config.eps)
+    k_ND = norm_rope(k_ND, weights.arrays["self_attn.norm_k.weight"], rope, eps=config.eps)
+    q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
+    rows_ND = _attend(q_ND, k_ND, v_ND, config=config, batch=batch, name="attention")
+    return checkpoint_name(_project_out(rows_ND, weights.linear("self_attn.o")), "o")
+
+
+def attend_to_text(
+    x: Activation, weights: BlockWeights, text: Activation, *, config: TransformerConfig, batch: int
+) -> jax.Array:
+    """Cross-attention from the rows of each example to its text; q and k are normalised."""
+    (q_ND,) = checkpoint_name(linear(x, weights.linear("cross_attn.q")), "cross_q")
+    k_ND, v_ND = checkpoint_name(
+        linear(text, weights.linear("cross_attn.kv"), groups=2), "cross_kv"
+    )
+    q_ND = norm_rope(q_ND, weights.arrays["cross_attn.norm_q.weight"], None, eps=config.eps)
+    k_ND = norm_rope(k_ND, weights.arrays["cross_attn.norm_k.weight"], None, eps=config.eps)
+    rows_ND = _attend(q_ND, k_ND, v_ND, config=config, batch=batch, name="cross_attention")
+    return checkpoint_name(_project_out(rows_ND, weights.linear("cross_attn.o")), "cross_o")
+
+
+def _attend(*rows_ND: jax.Array, config: TransformerConfig, batch: int, name: str) -> jax.Array:
+    head_dim = config.dim // config.num_heads
+    q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, -1, config.num_heads, head_dim) for x in rows_ND)
+    return attend(q_BLHK, k_BLHK, v_BLHK, name=name).reshape(-1, config.dim)
+
+
+def _project_out(rows_ND: jax.Array, weights: LinearWeights) -> jax.Array:
+    (out_ND,) = linear(activate(rows_ND, is_float8=weights.is_float8), weights)
+    return out_ND
 
 
 class Head(nnx.Module):
@@ -335,13 +372,6 @@ def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> ja
     B, T, D = shift_BTD.shape
     x_BTPD = x_BLD.reshape(B, T, -1, D) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
     return x_BTPD.reshape(x_BLD.shape)
-
-
-def to_state(weights: nnx.State | FlatState | None) -> nnx.State:
-    """Gives one block's weights the form that its module wants."""
-    if isinstance(weights, nnx.State):
-        return weights
-    return nnx.from_flat_state({path: nnx.Param(leaf) for path, leaf in (weights or {}).items()})
 
 
 def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:

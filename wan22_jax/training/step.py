@@ -16,10 +16,11 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from wan22_jax.batch import Batch
+from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack
-from wan22_jax.model.transformer import FlatState, WanTransformer
+from wan22_jax.model.transformer import WanTransformer
 
 
 class TrainState(NamedTuple):
@@ -42,7 +43,7 @@ class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
     rest: nnx.State  # all but the blocks, or with them if there are no parts
-    parts: tuple[list[FlatState] | Stack, ...] = ()
+    parts: tuple[list[Arrays] | Stack, ...] = ()
 
 
 Metrics = dict[str, jax.Array]
@@ -67,33 +68,33 @@ def place_frozen(
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
         activation_checkpointing: a key of ``remat.POLICIES``. Blocks whose activations wait on the
-            host stay a stack, others become arrays of their own.
+            host stay a stack, others become arrays of their own. Either way linears are joined.
         blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
             their weights is small; more than there are means all.
         sharding: of what stays on the device.
     """
     stacked, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
-    by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(stacked["blocks"])}
-    num_blocks = len(next(iter(by_path.values())))
+    by_name = named_arrays(cast(nnx.State, stacked["blocks"]))
+    num_blocks = len(by_name["modulation"])
     resident = max(0, num_blocks - blocks_to_swap)
     host = sharding.with_memory_kind("pinned_host")
 
+    def take(rows: int | slice) -> Arrays:
+        return join_linears({name: array[rows] for name, array in by_name.items()})
+
     def put_rows(start: int, stop: int, *, swap: bool) -> Stack:
-        rows = {path: array[start:stop] for path, array in by_path.items()}
-        matrices = {path for path in rows if swap and rows[path].ndim == 3}
+        rows = take(slice(start, stop))
+        matrices = {name for name, array in rows.items() if swap and array.ndim == 3}
         return Stack(
-            {path: jax.device_put(rows[path], sharding) for path in rows.keys() - matrices},
-            {path: jax.device_put(rows[path], host) for path in matrices},
+            {name: jax.device_put(rows[name], sharding) for name in rows.keys() - matrices},
+            {name: jax.device_put(rows[name], host) for name in matrices},
         )
 
-    def put_row(index: int) -> FlatState:
-        return {path: jax.device_put(array[index], sharding) for path, array in by_path.items()}
-
-    parts: list[list[FlatState] | Stack] = []
+    parts: list[list[Arrays] | Stack] = []
     if resident and POLICIES[activation_checkpointing].on_host:
         parts.append(put_rows(0, resident, swap=False))
     elif resident:
-        parts.append([put_row(index) for index in range(resident)])
+        parts.append([jax.device_put(take(index), sharding) for index in range(resident)])
     if resident < num_blocks:
         parts.append(put_rows(resident, num_blocks, swap=True))
     without_blocks = nnx.merge_state(rest, jax.tree.map(lambda leaf: leaf[:0], stacked))
