@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.fp8 import quantize_weight
@@ -19,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # they import each other as scripts do
 
 import compare  # noqa: E402
+import compile_step  # noqa: E402
 import fp8_quality  # noqa: E402
 import kernel_table  # noqa: E402
 import random_model  # noqa: E402
@@ -123,6 +125,64 @@ def test_busy_time_counts_overlap_once():
     assert "busy 75.0% of it, 75.0% without copies" in text
     fusion = next(line for line in text.splitlines() if line.endswith("  fusion"))
     assert fusion.split() == ["0.005", "2.0", "2.5", "27.8%", "fusion"]
+
+
+def test_compiling_without_cuda_ends_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(compile_step, "find_cuda", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["compile_step.py"])
+    with pytest.raises(SystemExit) as stop:
+        compile_step.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.err == "CUDA's compiler is missing: pip install 'jax[cuda13]' brings it\n"
+    assert not said.out
+
+
+def test_kernels_are_counted_as_often_as_they_run():
+    hlo = """HloModule jit_train_step, is_scheduled=true
+
+%fused_add (param_0: f32[]) -> f32[] {
+  %param_0 = f32[] parameter(0)
+  ROOT %add.1 = f32[] add(%param_0, %param_0)
+}
+
+%body.1 (arg: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %arg = (s32[], bf16[8]{0}) parameter(0)
+  %fusion-start.4 = ((f32[30]{0}, s32[]), f32[1]{0}) fusion-start(%arg), calls=%fused_add
+  %fusion-done.4 = f32[1]{0} fusion-done(%fusion-start.4)
+  %gemm.2 = (bf16[8]{0}, s8[64]{0}) custom-call(%x), custom_call_target="__cublas$lt$matmul$f8"
+  %attention.3 = (bf16[8]{0}, u8[0]{0}) custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %tuple.1 = (s32[], bf16[8]{0}) tuple(%i, %y)
+}
+
+%cond.1 (arg: (s32[], bf16[8])) -> pred[] {
+  %arg.2 = (s32[], bf16[8]{0}) parameter(0)
+  ROOT %loop_compare_fusion.1 = pred[] fusion(%arg.2), kind=kLoop, calls=%fused_compare
+}
+
+ENTRY %main.9 (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %call.7 = bf16[8]{0} custom-call(%p), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(train_step)/transpose(jvp(norm_rope))/pallas_call"}
+  %gemm.1 = (bf16[8]{0}, s8[64]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul"
+  %copy.5 = bf16[8]{0} copy(%p)
+  %while.1 = (s32[], bf16[8]{0}) while(%tuple), condition=%cond.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"30"}}
+  ROOT %loop_add_fusion.12 = bf16[8]{0} fusion(%p), kind=kLoop, calls=%fused_add
+}
+"""
+    counts = compile_step.count_kernels(hlo)
+    assert counts == {
+        ("Triton", "norm_rope"): 1,
+        ("cuBLAS", "__cublas$lt$matmul"): 1,
+        ("copy", "copy"): 1,
+        ("fusion", "loop_add_fusion"): 1,
+        ("fusion", "fusion-start"): 30,
+        ("cuBLAS, float8", "__cublas$lt$matmul$f8"): 30,
+        ("cuDNN", "__cudnn$fmhaSoftmax"): 30,
+    }
+    lines = [line.split(maxsplit=1) for line in compile_step.format_counts(counts).splitlines()]
+    assert lines[:3] == [["31", "fusion"], ["30", "fusion-start"], ["1", "loop_add_fusion"]]
 
 
 def test_a_child_that_fails_or_hangs_is_a_row(tmp_path):
