@@ -197,17 +197,46 @@ def test_a_child_that_fails_or_hangs_is_a_row(tmp_path):
     assert "more than 0.5 s" in run("import time; time.sleep(60)", 0.5)["error"]
 
 
+def test_a_second_child_starts_from_what_the_first_has_compiled(tmp_path):
+    text = """
+import json, pathlib, sys
+kept = pathlib.Path(sys.argv[sys.argv.index("--cache") + 1], "step")
+found = {"first_s": 3.0 if kept.exists() else 30.0, "cached": kept.exists()}
+assert "FAILS" not in found or not kept.exists(), "MemoryError"
+kept.write_text("")
+print("RESULT", json.dumps(found | {"step_s": 2.0, "steps": sys.argv[2]}))
+"""
+
+    def run(text: str) -> compare.Row:
+        program = tmp_path / "program.py"
+        program.write_text(text)
+        args = argparse.Namespace(steps=4, tiny=False, timeout_s=60)
+        return compare.measure(compare.Run("2304/float8", str(program), (), has_cache=True), args)
+
+    row = run(text)
+    assert (row["first_s"], row["cached_first_s"], row["steps"]) == (30.0, 3.0, "4")
+    row = run(text.replace('found = {"', 'found = {"FAILS": 1, "'))
+    assert row["first_s"] == 30.0
+    assert "MemoryError" in row["cached_error"]
+    row = run(text.replace('kept.write_text("")', ""))
+    assert row["cached_error"] == "its step was not in the cache"
+    assert "cached_first_s" not in row
+    with_cache = {run.name for run in compare.list_steps() if run.has_cache}
+    assert with_cache == {f"{tokens}/float8" for tokens in compare.BUCKETS}
+
+
 def test_ratios_are_to_the_peers_of_the_same_tokens(tmp_path):
     command = "train_step.py --activation_checkpointing true"
     sizes = {"model_tflops": 1.0, "peak_gb": 1.0, "host_gb": 0.0, "first_s": 1.0}
     rows = [
-        {"name": "27280/float8", "command": command, "step_s": 2.0, **sizes},
+        {"name": "27280/float8", "command": command, "step_s": 2.0, **sizes, "cached_first_s": 7.4},
         {"name": "27280/peer_compiled", "command": command, "step_s": 3.0, **sizes},
         {"name": "27280/peer_eager", "command": command, "error": "out of memory"},
         {"name": "8190/peer_eager", "command": command, "step_s": 9.0, **sizes},
     ]
     table = compare.format_steps(rows).splitlines()[2:]
     assert [cell.strip() for cell in table[0].split("|")[3:6]] == ["2.000", "1.50", ""]
+    assert [cell.strip() for cell in table[0].split("|")[9:11]] == ["1", "7"]
     assert "failed: out of memory" in table[2]
     assert len({line.count("|") for line in table}) == 1
     file = tmp_path / "rows.jsonl"
