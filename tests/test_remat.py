@@ -199,7 +199,7 @@ def test_nor_in_float8_steps_of_two_micro_batches(policy, swap):
 
 @every_policy
 def test_what_waits_on_the_host_is_fetched_and_sent(policy):
-    """Copies in the program: weights in both passes, activations out once and in once."""
+    """Copied numbers: matrices in both passes, activations out once and in once."""
     swap = 1
     run = differentiate(policy, swap)
     equations = [e for e in run.equations if e.primitive.name == "device_put"]
@@ -209,8 +209,9 @@ def test_what_waits_on_the_host_is_fetched_and_sent(policy):
     kept = [*INPUT, *KEPT.get(policy, [])]  # below; CPUs keep no statistics of attention
     num_saved = sum(shape != STATISTICS for _, shape in kept)
     assert len(out) == stacks * num_saved
-    weights = 2 * 10 if swap else 0  # ten matrices, forward and backward
-    assert len(puts) - len(out) == weights + len(out)
+    matrices = 8 * CONFIG.dim**2 + 2 * CONFIG.dim * CONFIG.ffn_dim
+    sizes = [sum(aval.size for aval in avals) for avals in (puts, out)]
+    assert sizes[0] == 2 * swap * matrices + 2 * sizes[1]
 
 
 @every_policy
