@@ -122,8 +122,11 @@ def draw(rng: np.random.Generator, *shape: int, std: float = 1.0):
     return jnp.asarray(std * spread * rng.normal(size=shape), jnp.bfloat16)
 
 
-def make_case(groups: int, *, bias: bool, adapter: bool) -> tuple[jax.Array, LinearWeights, dict]:
-    """An input, weights, and the same weights for NumPy; each group has another scale."""
+def make_case(groups: int, *, bias: bool, adapter: bool) -> tuple:
+    """An input, weights, A and B of an adapter, and all of them for NumPy.
+
+    Each group has another scale; without an adapter A and B are None.
+    """
     rng = np.random.default_rng(groups)
     wide = [
         2.0**-group * rng.normal(size=(OUT, IN)).astype(np.float32) / 8 for group in range(groups)
@@ -142,26 +145,29 @@ def make_case(groups: int, *, bias: bool, adapter: bool) -> tuple[jax.Array, Lin
         weight_OI=jnp.concatenate([weight for weight, _ in quantised]),
         scale_G=jnp.stack([scale for _, scale in quantised]),
         bias_O=jnp.concatenate(numbers["bias"]) if bias else None,
-        lora_A=jnp.concatenate(numbers["A"]) if adapter else None,
-        lora_B=jnp.concatenate(numbers["B"]) if adapter else None,
+        lora_A=None,
+        lora_B=None,
     )
     assert groups == 1 or len(set(numbers["scale"])) == groups
-    return draw(rng, N, IN), weights, numbers
+    lora = tuple(jnp.concatenate(numbers[name]) if adapter else None for name in "AB")
+    return draw(rng, N, IN), weights, lora, numbers
 
 
-def pull(function, x: jax.Array, weights: LinearWeights, gradients) -> tuple:
+def pull(function, x: jax.Array, weights: LinearWeights, lora: tuple, gradients: tuple) -> tuple:
     """Outputs, and gradients by x and by the adapter (its A and B, or None)."""
 
     def run(x: jax.Array, lora: tuple) -> tuple[jax.Array, ...]:
         return function(x, weights._replace(lora_A=lora[0], lora_B=lora[1]))
 
-    outs, pull_back = jax.vjp(run, x, (weights.lora_A, weights.lora_B))
+    outs, pull_back = jax.vjp(run, x, lora)
     return outs, *pull_back(gradients)
 
 
 def quantised_linear(x: jax.Array, weights: LinearWeights, *, groups: int) -> tuple:
-    scale = 0.0 if weights.lora_A is None else LORA_SCALE
-    return fused.linear(fused.quantize(x), weights, groups=groups, lora_scale=scale)
+    return fused.linear(fused.quantize(x), weights, groups=groups, lora_scale=LORA_SCALE)
+
+
+gelu_linear = partial(fused.gelu_linear, lora_scale=LORA_SCALE)
 
 
 cases = pytest.mark.parametrize(
@@ -172,10 +178,11 @@ cases = pytest.mark.parametrize(
 
 @cases
 def test_linear_and_its_gradients(groups, bias, adapter):
-    x, weights, numbers = make_case(groups, bias=bias, adapter=adapter)
+    x, weights, lora, numbers = make_case(groups, bias=bias, adapter=adapter)
     rng = np.random.default_rng(7)
     gradients = tuple(draw(rng, N, OUT, std=1e-4) for _ in range(groups))
-    outs, dx, (da, db) = pull(partial(quantised_linear, groups=groups), x, weights, gradients)
+    function = partial(quantised_linear, groups=groups)
+    outs, dx, (da, db) = pull(function, x, weights, lora, gradients)
     x64 = np.asarray(x).astype(np.float64)
     x8 = exactly(to_float8(x64, E4M3))
     assert len(outs) == groups
@@ -196,11 +203,9 @@ def test_linear_and_its_gradients(groups, bias, adapter):
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_gelu_linear_and_its_gradients(adapter):
-    x, weights, numbers = make_case(1, bias=True, adapter=adapter)
+    x, weights, lora, numbers = make_case(1, bias=True, adapter=adapter)
     gradient = draw(np.random.default_rng(7), N, OUT, std=1e-4)
-    scale = LORA_SCALE if adapter else 0.0
-    function = partial(fused.gelu_linear, lora_scale=scale)
-    (out,), dx, (da, db) = pull(function, x, weights, (gradient,))
+    (out,), dx, (da, db) = pull(gelu_linear, x, weights, lora, (gradient,))
     x64 = np.asarray(x).astype(np.float64)
     inner = np.sqrt(2 / np.pi) * (x64 + 0.044715 * x64**3)
     # exp multiplies the relative error of what it is given, under 16 where it matters.
@@ -342,10 +347,10 @@ def test_a_stack_is_quantised_matrix_by_matrix():
 
 def test_padding_rows_leak_into_nothing(monkeypatch):
     """GPU kernels pad float8 rows to a multiple of 16; whatever stands there, nothing changes."""
-    x, weights, _ = make_case(3, bias=True, adapter=True)
+    x, weights, lora, _ = make_case(3, bias=True, adapter=True)
     gradients = tuple(draw(np.random.default_rng(7), N, OUT) for _ in range(3))
     function = partial(quantised_linear, groups=3)
-    expected = pull(function, x, weights, gradients)
+    expected = pull(function, x, weights, lora, gradients)
     seen = []
 
     def pad(parts, scale_G, *, dtype):
@@ -355,7 +360,7 @@ def test_padding_rows_leak_into_nothing(monkeypatch):
         return jnp.concatenate([values, junk]), jnp.concatenate([scale, jnp.full((8,), jnp.nan)])
 
     monkeypatch.setattr(fused, "_quantize_rows", pad)
-    got = pull(function, x, weights, gradients)
+    got = pull(function, x, weights, lora, gradients)
     assert seen == [FORWARD, BACKWARD]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -364,10 +369,10 @@ def test_padding_rows_leak_into_nothing(monkeypatch):
 @pytest.mark.parametrize("has_float8", [True, False])
 def test_the_first_product_is_float8_where_there_is_one(has_float8, monkeypatch):
     monkeypatch.setattr(fp8, "has_float8_matmul", lambda _: has_float8)
-    x, weights, _ = make_case(1, bias=True, adapter=True)
+    x, weights, lora, _ = make_case(1, bias=True, adapter=True)
     gradient = (jnp.ones((N, OUT), jnp.bfloat16),)
-    for function in (partial(quantised_linear, groups=1), fused.gelu_linear):
-        program = jax.make_jaxpr(partial(pull, function))(x, weights, gradient)
+    for function in (partial(quantised_linear, groups=1), gelu_linear):
+        program = jax.make_jaxpr(partial(pull, function))(x, weights, lora, gradient)
         products = [
             tuple(variable.aval.dtype for variable in equation.invars)
             for equation in program.eqns
@@ -391,7 +396,7 @@ def test_bfloat16_stands_in_for_float8_without_loss():
 
 def test_a_device_without_float8_matmuls_is_named_once(caplog):
     fp8.has_float8_matmul.cache_clear()
-    x, weights, _ = make_case(1, bias=False, adapter=False)
+    x, weights, *_ = make_case(1, bias=False, adapter=False)
     with caplog.at_level(logging.INFO, logger=fp8.__name__):
         for _ in range(2):
             quantised_linear(x, weights, groups=1)
