@@ -44,6 +44,7 @@ from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.step import TrainState, init_state, split_model
 
 NUM_TRACED = 2  # steps in a profile
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event
 
 
 def main() -> None:
@@ -81,8 +82,12 @@ def main() -> None:
     step = build_step(
         graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
     )
-    step = step.lower(state, frozen, batch, key, grid).compile()
+    lowered = step.lower(state, frozen, batch, key, grid)
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    step = lowered.compile()
     compile_s = time.perf_counter() - start
+    is_cached = CACHE_HIT in events
 
     def time_step(state: TrainState) -> tuple[TrainState, float, float]:
         start = time.perf_counter()
@@ -117,7 +122,7 @@ def main() -> None:
         "step_s": round(step_s, 4),
         "step_s_all": [round(value, 4) for value in seconds],
         "first_s": round(compile_s + first_s, 1),
-        "cache": bool(args.cache),
+        "cached": is_cached,  # the step was read from --cache
         "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
         "limit_gb": round(stats.get("bytes_limit", 0) / 1e9, 2),
         "host_gb": round(pinned_bytes(step) / 1e9, 2),

@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # they import each other as scripts do
 
 import compare  # noqa: E402
+import compile_step  # noqa: E402
 import fp8_quality  # noqa: E402
 import kernel_table  # noqa: E402
 import random_model  # noqa: E402
@@ -141,6 +142,64 @@ def test_busy_time_counts_overlap_once():
     assert fusion.split() == ["0.005", "2.0", "2.5", "27.8%", "fusion"]
 
 
+def test_compiling_without_cuda_ends_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(compile_step, "find_cuda", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["compile_step.py"])
+    with pytest.raises(SystemExit) as stop:
+        compile_step.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.err == "CUDA's compiler is missing: pip install 'jax[cuda13]' brings it\n"
+    assert not said.out
+
+
+def test_kernels_are_counted_as_often_as_they_run():
+    hlo = """HloModule jit_train_step, is_scheduled=true
+
+%fused_add (param_0: f32[]) -> f32[] {
+  %param_0 = f32[] parameter(0)
+  ROOT %add.1 = f32[] add(%param_0, %param_0)
+}
+
+%body.1 (arg: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %arg = (s32[], bf16[8]{0}) parameter(0)
+  %fusion-start.4 = ((f32[30]{0}, s32[]), f32[1]{0}) fusion-start(%arg), calls=%fused_add
+  %fusion-done.4 = f32[1]{0} fusion-done(%fusion-start.4)
+  %gemm.2 = (bf16[8]{0}, s8[64]{0}) custom-call(%x), custom_call_target="__cublas$lt$matmul$f8"
+  %attention.3 = (bf16[8]{0}, u8[0]{0}) custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %tuple.1 = (s32[], bf16[8]{0}) tuple(%i, %y)
+}
+
+%cond.1 (arg: (s32[], bf16[8])) -> pred[] {
+  %arg.2 = (s32[], bf16[8]{0}) parameter(0)
+  ROOT %loop_compare_fusion.1 = pred[] fusion(%arg.2), kind=kLoop, calls=%fused_compare
+}
+
+ENTRY %main.9 (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %call.7 = bf16[8]{0} custom-call(%p), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(train_step)/transpose(jvp(norm_rope))/pallas_call"}
+  %gemm.1 = (bf16[8]{0}, s8[64]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul"
+  %copy.5 = bf16[8]{0} copy(%p)
+  %while.1 = (s32[], bf16[8]{0}) while(%tuple), condition=%cond.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"30"}}
+  ROOT %loop_add_fusion.12 = bf16[8]{0} fusion(%p), kind=kLoop, calls=%fused_add
+}
+"""
+    counts = compile_step.count_kernels(hlo)
+    assert counts == {
+        ("Triton", "norm_rope"): 1,
+        ("cuBLAS", "__cublas$lt$matmul"): 1,
+        ("copy", "copy"): 1,
+        ("fusion", "loop_add_fusion"): 1,
+        ("fusion", "fusion-start"): 30,
+        ("cuBLAS, float8", "__cublas$lt$matmul$f8"): 30,
+        ("cuDNN", "__cudnn$fmhaSoftmax"): 30,
+    }
+    lines = [line.split(maxsplit=1) for line in compile_step.format_counts(counts).splitlines()]
+    assert lines[:3] == [["31", "fusion"], ["30", "fusion-start"], ["1", "loop_add_fusion"]]
+
+
 def test_a_child_that_fails_or_hangs_is_a_row(tmp_path):
     def run(text: str, timeout_s: float) -> compare.Row:
         program = tmp_path / "program.py"
@@ -153,17 +212,46 @@ def test_a_child_that_fails_or_hangs_is_a_row(tmp_path):
     assert "more than 0.5 s" in run("import time; time.sleep(60)", 0.5)["error"]
 
 
+def test_a_second_child_starts_from_what_the_first_has_compiled(tmp_path):
+    text = """
+import json, pathlib, sys
+kept = pathlib.Path(sys.argv[sys.argv.index("--cache") + 1], "step")
+found = {"first_s": 3.0 if kept.exists() else 30.0, "cached": kept.exists()}
+assert "FAILS" not in found or not kept.exists(), "MemoryError"
+kept.write_text("")
+print("RESULT", json.dumps(found | {"step_s": 2.0, "steps": sys.argv[2]}))
+"""
+
+    def run(text: str) -> compare.Row:
+        program = tmp_path / "program.py"
+        program.write_text(text)
+        args = argparse.Namespace(steps=4, tiny=False, timeout_s=60)
+        return compare.measure(compare.Run("2304/float8", str(program), (), has_cache=True), args)
+
+    row = run(text)
+    assert (row["first_s"], row["cached_first_s"], row["steps"]) == (30.0, 3.0, "4")
+    row = run(text.replace('found = {"', 'found = {"FAILS": 1, "'))
+    assert row["first_s"] == 30.0
+    assert "MemoryError" in row["cached_error"]
+    row = run(text.replace('kept.write_text("")', ""))
+    assert row["cached_error"] == "its step was not in the cache"
+    assert "cached_first_s" not in row
+    with_cache = {run.name for run in compare.list_steps() if run.has_cache}
+    assert with_cache == {f"{tokens}/float8" for tokens in compare.BUCKETS}
+
+
 def test_ratios_are_to_the_peers_of_the_same_tokens(tmp_path):
     command = "train_step.py --activation_checkpointing true"
     sizes = {"model_tflops": 1.0, "peak_gb": 1.0, "host_gb": 0.0, "first_s": 1.0}
     rows = [
-        {"name": "27280/float8", "command": command, "step_s": 2.0, **sizes},
+        {"name": "27280/float8", "command": command, "step_s": 2.0, **sizes, "cached_first_s": 7.4},
         {"name": "27280/peer_compiled", "command": command, "step_s": 3.0, **sizes},
         {"name": "27280/peer_eager", "command": command, "error": "out of memory"},
         {"name": "8190/peer_eager", "command": command, "step_s": 9.0, **sizes},
     ]
     table = compare.format_steps(rows).splitlines()[2:]
     assert [cell.strip() for cell in table[0].split("|")[3:6]] == ["2.000", "1.50", ""]
+    assert [cell.strip() for cell in table[0].split("|")[9:11]] == ["1", "7"]
     assert "failed: out of memory" in table[2]
     assert len({line.count("|") for line in table}) == 1
     file = tmp_path / "rows.jsonl"

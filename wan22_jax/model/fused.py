@@ -148,7 +148,7 @@ def _norm_rope(eps: float, x_ND: jax.Array, weight_D: jax.Array, rope: Rope | No
     return kernels.norm_rope(x_ND, weight_D, rope, eps=eps)
 
 
-def _norm_rope_forward(eps: float, *args: jax.Array | None) -> tuple:
+def _norm_rope_forward(eps: float, *args: Any) -> tuple:
     return _norm_rope(eps, *args), args
 
 

@@ -27,7 +27,10 @@ _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and so
 class Remat:
     """What the backward pass finds of each block, beside its input."""
 
-    keep: tuple[str, ...] | None = None  # values by their checkpoint_name; None keeps everything
+    # Values by their checkpoint_name. None keeps everything, but of fetched blocks only what
+    # "keep_matmuls" does. Nothing in float8 may be named: jax.checkpoint passes what it keeps
+    # through reduce_precision, which makes NaN of any e4m3fn over 240.
+    keep: tuple[str, ...] | None = None
     on_host: bool = False  # the input and what is kept go to pinned host memory
 
 
@@ -119,11 +122,13 @@ def _run_scanned(
         x = checkpoint_name(x, _INPUT)
         return block(x, trainable, (on_device, fetched), context), None
 
-    if remat.keep is not None:
-        policy = _keeps(remat.keep, on_host=remat.on_host)
+    keep = remat.keep
+    if keep is None and jax.tree.leaves(stack.on_host):
+        # With everything else, fetched weights and what is joined of them would be kept.
+        keep = POLICIES["keep_matmuls"].keep
+    if keep is not None:
+        policy = _keeps(keep, on_host=remat.on_host)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    elif jax.tree.leaves(stack.on_host):  # everything is kept but the fetched weights
-        body = jax.checkpoint(body, policy=_is_not_fetched, prevent_cse=False)
     return jax.lax.scan(body, x, (trainable, stack))[0]
 
 
@@ -142,7 +147,3 @@ def _keeps(names: tuple[str, ...], *, on_host: bool) -> Callable[..., Any]:
         return Offloadable(src="device", dst="pinned_host") if kept else Recompute
 
     return policy
-
-
-def _is_not_fetched(primitive: Any, *args: Any, **params: Any) -> bool:  # noqa: ARG001
-    return primitive.name != "device_put"
