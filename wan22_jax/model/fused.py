@@ -240,29 +240,16 @@ def _linear_forward(groups: int, x: Activation, w: LinearWeights) -> tuple:
     # The barrier has all blocks' rows of a stack cast and copied at once, in a few kernels. Without
     # it XLA copies them one by one for the backward pass and lets this matmul read the stack.
     w = w._replace(lora=jax.lax.optimization_barrier(w.lora), trained=None)
-    if w.is_float8:
-        assert x.float8 is not None
-        raw_NO = float8_matmul(x.float8, w.weight_OI)
-    else:
-        raw_NO = matmul(x.rows, w.weight_OI.T)
-    width = raw_NO.shape[1] // groups
-    columns = [slice(start, start + width) for start in range(0, raw_NO.shape[1], width)]
-    if w.lora is None and x.scale is None:  # nothing that the matmul cannot add itself
-        raw_NO = raw_NO if w.bias_O is None else raw_NO + w.bias_O.astype(raw_NO.dtype)[None]
-        return tuple(raw_NO[:, group] for group in columns), (x, w, None)
     low_NR, matrices_b = None, (None,) * groups
     if w.lora is not None:
         low_NR = checkpoint_name(matmul(x.rows, w.lora.matrix_a.T), "low_rank")
         matrices_b = w.lora.matrices_b
-    scale_add_low_rank = _choose_sum(raw_NO.dtype, width)
-    outs = tuple(
-        scale_add_low_rank(
-            *(raw_NO, x.scale, w.scale_G, w.bias_O, low_NR, matrix_b),
-            num_rows=x.rows.shape[0],
-            columns=group,
-            transposed=True,
-        )
-        for group, matrix_b in zip(columns, matrices_b, strict=True)
+    rows = x.float8 if w.is_float8 else x.rows
+    assert rows is not None
+    outs = multiply_add(
+        *(rows, w.weight_OI, x.scale, w.scale_G, w.bias_O, low_NR, matrices_b),
+        num_rows=x.rows.shape[0],
+        transposed=True,
     )
     return outs, (x, w, low_NR)
 
@@ -284,18 +271,16 @@ def _input_gradient(
     """The gradients of the rows and of their products with A."""
     grad_scale = dlow_NR = matrix_a = None
     if w.is_float8:
-        grad8, grad_scale = quantized or _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
-        raw_NI = float8_matmul(grad8, w.weight_OI.T)
+        grad_NO, grad_scale = quantized or _quantize_rows(grads, w.scale_G, dtype=BACKWARD)
     else:
-        raw_NI = matmul(jnp.concatenate(grads, axis=1), w.weight_OI)
+        grad_NO = jnp.concatenate(grads, axis=1)
     if w.lora is not None:
         matrix_a, matrices_b = w.lora
         dlow = [matmul(grad, b) for grad, b in zip(grads, matrices_b, strict=True)]
         dlow_NR = jnp.concatenate(dlow, axis=1)
-    dx_NI = _choose_sum(raw_NI.dtype, raw_NI.shape[1])(
-        *(raw_NI, grad_scale, None, None, dlow_NR, matrix_a),
+    (dx_NI,) = multiply_add(
+        *(grad_NO, w.weight_OI.T, grad_scale, None, None, dlow_NR, (matrix_a,)),
         num_rows=grads[0].shape[0],
-        columns=slice(0, raw_NI.shape[1]),
         transposed=False,
     )
     return dx_NI, dlow_NR
@@ -376,10 +361,52 @@ def _linear_gelu_linear_backward(name: str, saved: tuple, grad_NO: jax.Array) ->
 _linear_gelu_linear.defvjp(_linear_gelu_linear_forward, _linear_gelu_linear_backward)
 
 
-def _choose_sum(dtype: DTypeLike, width: int) -> Callable[..., jax.Array]:
-    """``scale_add_low_rank_twin`` or its kernel."""
-    fused = _has_kernels(dtype, width)
-    return kernels.scale_add_low_rank if fused else scale_add_low_rank_twin
+def multiply_add(
+    x_NI: jax.Array,
+    weight_OI: jax.Array,
+    row_scale_N: jax.Array | None,
+    scale_G: jax.Array | None,
+    bias_O: jax.Array | None,
+    low_NR: jax.Array | None,
+    highs: Sequence[jax.Array | None],
+    *,
+    num_rows: int,
+    transposed: bool,
+) -> tuple[jax.Array, ...]:
+    """Returns x W^T * row_scale * scale + bias + low high(^T): columns of O / G for each high.
+
+    Args:
+        x_NI: both this and the weight are float8, or neither is. Rows after ``num_rows`` and their
+            scales may hold anything.
+        weight_OI: see there.
+        row_scale_N: one a row of x, None for 1.
+        scale_G: one a group of columns, None for 1.
+        bias_O: None for 0.
+        low_NR: [num_rows, G * R] in the result's dtype, None for 0.
+        highs: [O / G, R] a group if transposed, else [R, O].
+        num_rows: of the result.
+        transposed: whether the highs are.
+    """
+    if weight_OI.dtype == FORWARD:
+        raw_NO = float8_matmul(x_NI, weight_OI)
+    else:
+        raw_NO = matmul(x_NI, weight_OI.T)
+    width = raw_NO.shape[1] // len(highs)
+    columns = [slice(start, start + width) for start in range(0, raw_NO.shape[1], width)]
+    if low_NR is None and row_scale_N is None:  # nothing that the matmul cannot add itself
+        raw_NO = raw_NO if bias_O is None else raw_NO + bias_O.astype(raw_NO.dtype)[None]
+        return tuple(raw_NO[:, group] for group in columns)
+    fused = _has_kernels(raw_NO.dtype, width)
+    scale_add_low_rank = kernels.scale_add_low_rank if fused else scale_add_low_rank_twin
+    return tuple(
+        scale_add_low_rank(
+            *(raw_NO, row_scale_N, scale_G, bias_O, low_NR, high),
+            num_rows=num_rows,
+            columns=group,
+            transposed=transposed,
+        )
+        for group, high in zip(columns, highs, strict=True)
+    )
 
 
 def scale_add_low_rank_twin(
