@@ -16,12 +16,14 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 from flax import nnx
+from hopper_matmul import multiply_add
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from kernel_table import short_name
@@ -29,7 +31,7 @@ from random_model import add_lora, build_step, make_model, place, read_policy
 from train_step import make_adamw, make_batch
 
 from wan22_jax.geometry import Bucket, check_bucket
-from wan22_jax.model import fp8
+from wan22_jax.model import fp8, fused
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
@@ -67,6 +69,7 @@ KINDS = {
     "__cublas": "cuBLAS",
     "__cudnn": "cuDNN",
     "__gpu$xla.gpu.triton": "Triton",
+    "mosaic_gpu": "Mosaic GPU",
 }
 
 
@@ -110,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--blocks_to_swap", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
+    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py")
     parser.add_argument("--hlo", type=Path, help="write the scheduled HLO here")
     return parser.parse_args()
 
@@ -164,7 +168,11 @@ def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
         graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
     )
     start = time.perf_counter()
+    one_kernel = partial(multiply_add, num_cores=h100.devices[0].core_count)
     with (
+        mock.patch.object(
+            fused, "multiply_add", one_kernel if args.one_kernel else fused.multiply_add
+        ),
         # What the package asks to choose its kernels.
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(fp8, "has_float8_matmul", return_value=True),

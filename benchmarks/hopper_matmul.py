@@ -13,6 +13,7 @@ capability 9.0. It has not run on one yet; compiled for one it does not spill (1
 the four multiplications of a step follow each other at once.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+
+from wan22_jax.model.fused import multiply_add as multiply_then_add
 
 ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128  # of a tile; depth of one step
 WARPGROUPS = 2  # that multiply, each its half of the rows
@@ -38,74 +41,106 @@ class Schedule(NamedTuple):
 DEFAULT = Schedule()
 
 
-def matmul_sum(
-    x_NK: jax.Array,
-    weight_OK: jax.Array,
+def multiply_add(
+    x_NI: jax.Array,
+    weight_OI: jax.Array,
     row_scale_N: jax.Array | None,
     scale_G: jax.Array | None,
     bias_O: jax.Array | None,
     low_NR: jax.Array | None,
-    high: jax.Array | None,
+    highs: Sequence[jax.Array | None],
     *,
     num_rows: int,
-    groups: int = 1,
     transposed: bool,
     num_cores: int,
     schedule: Schedule = DEFAULT,
     interpret: Any = None,
-) -> list[jax.Array]:
-    """Returns (x W^T + low high(^T)) * row_scale * scale + bias in bfloat16, split by group.
+) -> tuple[jax.Array, ...]:
+    """``fused.multiply_add`` of float8 matrices with an adapter; others are left to it.
 
     Args:
-        x_NK: float8 rows, or bfloat16 as the weight; more than ``num_rows`` may be there.
-        weight_OK: float8, O a multiple of 256 a group, K of 128 bytes.
-        row_scale_N: one a row of x, float32; None for 1.
-        scale_G: one a group of columns, float32; with a row scale only.
-        bias_O: bfloat16 or None.
-        low_NR: bfloat16 [num_rows, groups * R] if transposed, else [num_rows, R], R a multiple of
-            16; divided by the scales. None without an adapter.
-        high: bfloat16 [O, R] if transposed, else [R, O].
-        num_rows: of the result.
-        groups: results of equal width.
-        transposed: whether ``high`` is.
+        x_NI: as there, and the following.
+        weight_OI: as there.
+        row_scale_N: as there.
+        scale_G: as there.
+        bias_O: as there.
+        low_NR: as there.
+        highs: as there.
+        num_rows: as there.
+        transposed: as there.
         num_cores: multiprocessors of the GPU.
         schedule: see there.
         interpret: parameters of Pallas' interpret mode.
     """
+    groups = len(highs)
+    width, depth = weight_OI.shape[0] // groups, weight_OI.shape[1]
+    rank = 0 if low_NR is None else low_NR.shape[1] // groups
+    if x_NI.dtype.itemsize > 1 or width % COLUMNS or depth % DEPTH_BYTES or not rank or rank % 16:
+        return multiply_then_add(
+            *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
+            num_rows=num_rows,
+            transposed=transposed,
+        )
+    assert low_NR is not None
+    assert row_scale_N is not None
+    # Tiles are loaded eight rows at a time: rows are padded as those of x.
+    low_NR = jnp.pad(low_NR, ((0, x_NI.shape[0] - num_rows), (0, 0)))
+    return _multiply_add(
+        *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
+        num_rows=num_rows,
+        transposed=transposed,
+        num_cores=num_cores,
+        schedule=schedule,
+        interpret=interpret,
+    )
+
+
+def _multiply_add(
+    x_NI: jax.Array,
+    weight_OI: jax.Array,
+    row_scale_N: jax.Array,
+    scale_G: jax.Array | None,
+    bias_O: jax.Array | None,
+    low_NR: jax.Array,
+    highs: Sequence[jax.Array | None],
+    *,
+    num_rows: int,
+    transposed: bool,
+    num_cores: int,
+    schedule: Schedule,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
     stages, cluster, band = schedule
-    num_columns, width = weight_OK.shape[0], weight_OK.shape[0] // groups
-    step = DEPTH_BYTES // x_NK.dtype.itemsize
-    num_steps = x_NK.shape[1] // step
-    rank = 0 if low_NR is None else low_NR.shape[1] // (groups if transposed else 1)
+    groups = len(highs)
+    num_columns, width = weight_OI.shape[0], weight_OI.shape[0] // groups
+    num_steps = x_NI.shape[1] // DEPTH_BYTES
+    rank = low_NR.shape[1] // groups
     part = min(64, rank & -rank)  # of the rank, in one step
-    num_parts = rank // part if rank else 0
-    assert width % COLUMNS == 0
-    assert x_NK.shape[1] % step == 0
-    assert rank % 16 == 0
+    num_parts = rank // part
     grid = (pl.cdiv(num_rows, ROWS * cluster), num_columns // COLUMNS)  # of tiles of a cluster
     num_clusters = num_cores // cluster
-    names = ("x", "weight", "row_scale", "scale", "bias", "low", "high")
-    arrays = (x_NK, weight_OK, row_scale_N, scale_G, bias_O, low_NR, high)
-    given = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
-    extras = {"row_scale": ROWS, "bias": COLUMNS}  # loaded once a tile
-    extras = {name: size for name, size in extras.items() if name in given}
+    given = {"x": x_NI, "weight": weight_OI, "row_scale": row_scale_N, "low": low_NR}
+    given |= {} if scale_G is None else {"scale": scale_G}
+    given |= {} if bias_O is None else {"bias": bias_O}
+    extras = {"row_scale": ROWS} | ({} if bias_O is None else {"bias": COLUMNS})  # once a tile
 
     # A step's operands, or those of the adapter in their place. Both layouts have equal strides.
-    operands = plgpu.SMEM((stages, ROWS, step), x_NK.dtype, transforms=_swizzled(step, x_NK.dtype))
-    weights = plgpu.SMEM(
-        (stages, COLUMNS, step), weight_OK.dtype, transforms=_swizzled(step, weight_OK.dtype)
-    )
-    scratch: dict[str, Any] = {"x_smem": operands, "w_smem": weights}
-    if low_NR is not None:
-        fold, swizzled = 64 // part, _swizzled(part, jnp.bfloat16)
-        high_shape = (COLUMNS, part) if transposed else (part, COLUMNS)
-        low = plgpu.SMEM((stages, fold, ROWS, part), jnp.bfloat16, transforms=swizzled)
-        highs = plgpu.SMEM((stages, fold, *high_shape), jnp.bfloat16, transforms=swizzled)
-        scratch = {
-            "x_smem": plgpu.RefUnion(operands, low),
-            "w_smem": plgpu.RefUnion(weights, highs),
-        }
-    scratch |= {
+    fold, swizzled = 64 // part, _swizzled(part, jnp.bfloat16)
+    high_shape = (COLUMNS, part) if transposed else (part, COLUMNS)
+
+    def operand(length: int, dtype: DTypeLike) -> Any:
+        transforms = _swizzled(DEPTH_BYTES, dtype)
+        return plgpu.SMEM((stages, length, DEPTH_BYTES), dtype, transforms=transforms)
+
+    scratch: dict[str, Any] = {
+        "x_smem": plgpu.RefUnion(
+            operand(ROWS, x_NI.dtype),
+            plgpu.SMEM((stages, fold, ROWS, part), jnp.bfloat16, transforms=swizzled),
+        ),
+        "w_smem": plgpu.RefUnion(
+            operand(COLUMNS, weight_OI.dtype),
+            plgpu.SMEM((stages, fold, *high_shape), jnp.bfloat16, transforms=swizzled),
+        ),
         "extra_smem": [plgpu.SMEM((size,), given[name].dtype) for name, size in extras.items()],
         "out_smem": plgpu.SMEM(
             (WARPGROUPS, 2, ROWS // WARPGROUPS, OUT_COLUMNS),
@@ -114,15 +149,14 @@ def matmul_sum(
         ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "free": _barrier(cluster, num_barriers=stages),
-        "extras_full": plgpu.Barrier(num_arrivals=max(1, len(extras))),
+        "extras_full": plgpu.Barrier(num_arrivals=len(extras)),
         "extras_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
 
     def kernel(*refs: Any, x_smem: Any, w_smem: Any, **scratch: Any) -> None:
         inputs = dict(zip(given, refs, strict=False))
-        outputs = refs[len(given) :]
-        x_smem, low_smem = x_smem if rank else (x_smem, None)
-        w_smem, high_smem = w_smem if rank else (w_smem, None)
+        high_refs, outputs = refs[len(given) : -groups], refs[-groups:]
+        (x_smem, low_smem), (w_smem, high_smem) = x_smem, w_smem
         full, free = scratch["full"], scratch["free"]
         extras_full, extras_free = scratch["extras_full"], scratch["extras_free"]
         out_smem = scratch["out_smem"]
@@ -143,51 +177,53 @@ def matmul_sum(
             plgpu.set_max_registers(40, action="decrease")
             share = {"collective_axes": ("block",)} if cluster > 1 else {}
 
-            def load(count: jax.Array, x: Any, w: Any, x_to: Any, w_to: Any) -> None:
-                slot = slot_of(count)
-
+            def wait_for(slot: jax.Array, count: jax.Array) -> None:
                 @pl.when(count >= stages)
                 def _wait() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                plgpu.copy_gmem_to_smem(x, x_to(slot), full.at[slot])
-                plgpu.copy_gmem_to_smem(w, w_to(slot), full.at[slot], **share)
-
             def load_tile(tile: jax.Array, count: jax.Array) -> jax.Array:
                 row, column = place(tile)
+                group = lax.div(column, jnp.int32(width))
                 rows, columns = pl.ds(row, ROWS), pl.ds(column, COLUMNS)
+                of_group = pl.ds(column - group * width, COLUMNS)
 
                 def load_step(k: jax.Array, _: None) -> None:
-                    at = pl.ds(k * step, step)
-                    load(
-                        count + k,
-                        inputs["x"].at[rows, at],
-                        inputs["weight"].at[columns, at],
-                        lambda slot: x_smem.at[slot],
-                        lambda slot: w_smem.at[slot],
+                    slot = slot_of(count + k)
+                    at = pl.ds(k * DEPTH_BYTES, DEPTH_BYTES)
+                    weight = inputs["weight"].at[columns, at]
+                    wait_for(slot, count + k)
+                    plgpu.copy_gmem_to_smem(
+                        inputs["x"].at[rows, at], x_smem.at[slot], full.at[slot]
                     )
+                    plgpu.copy_gmem_to_smem(weight, w_smem.at[slot], full.at[slot], **share)
+
+                def load_part(index: int) -> None:
+                    slot = slot_of(count + num_steps + index)
+                    low = inputs["low"].at[rows, pl.ds(group * rank + index * part, part)]
+                    at = pl.ds(index * part, part)
+                    wait_for(slot, count + num_steps + index)
+                    plgpu.copy_gmem_to_smem(low, low_smem.at[slot, 0], full.at[slot])
+                    for number, high in enumerate(high_refs):
+
+                        @pl.when(group == number)
+                        def _copy(high: Any = high) -> None:
+                            source = high.at[(of_group, at) if transposed else (at, of_group)]
+                            target = high_smem.at[slot, 0]
+                            plgpu.copy_gmem_to_smem(source, target, full.at[slot], **share)
 
                 lax.fori_loop(0, num_steps, load_step, None)
-                start = lax.div(column, jnp.int32(width)) * rank if transposed else 0
+
+                @pl.when(tile > 0)
+                def _wait() -> None:
+                    plgpu.barrier_wait(extras_free)
+
+                for name, span in (("row_scale", rows), ("bias", columns)):
+                    if name in extras:
+                        source = inputs[name].at[span]
+                        plgpu.copy_gmem_to_smem(source, extra_smem[name], extras_full)
                 for index in range(num_parts):
-                    at = pl.ds(index * part, part)
-                    load(
-                        count + num_steps + index,
-                        inputs["low"].at[rows, pl.ds(start + index * part, part)],
-                        inputs["high"].at[(columns, at) if transposed else (at, columns)],
-                        lambda slot: low_smem.at[slot, 0],
-                        lambda slot: high_smem.at[slot, 0],
-                    )
-                if extras:
-
-                    @pl.when(tile > 0)
-                    def _wait() -> None:
-                        plgpu.barrier_wait(extras_free)
-
-                    for name, span in (("row_scale", rows), ("bias", columns)):
-                        if name in extras:
-                            source = inputs[name].at[span]
-                            plgpu.copy_gmem_to_smem(source, extra_smem[name], extras_full)
+                    load_part(index)
                 return count + num_steps + num_parts
 
             count = lax.fori_loop(0, num_tiles, load_tile, jnp.int32(0))
@@ -197,11 +233,10 @@ def matmul_sum(
                 plgpu.barrier_wait(free.at[slot_of(count)])
 
             lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
-            if extras:
 
-                @pl.when(num_tiles > 0)
-                def _wait() -> None:
-                    plgpu.barrier_wait(extras_free)
+            @pl.when(num_tiles > 0)
+            def _wait() -> None:
+                plgpu.barrier_wait(extras_free)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply() -> None:
@@ -212,6 +247,11 @@ def matmul_sum(
             def multiply_tile(tile: jax.Array, count: jax.Array) -> jax.Array:
                 row, column = place(tile)
                 group = lax.div(column, jnp.int32(width))
+
+                def read_scale(shape: tuple[int, ...]) -> jax.Array:
+                    scale = _read(extra_smem["row_scale"].at[mine], plgpu.Layout.WGMMA.reduce(1))
+                    scale = scale if scale_G is None else scale * inputs["scale"][group]
+                    return lax.broadcast_in_dim(scale, shape, [0])
 
                 def multiply(sum_ref: Any) -> jax.Array:
                     def multiply_step(k: jax.Array, sum_ref: Any) -> Any:
@@ -228,12 +268,18 @@ def matmul_sum(
                         return sum_ref
 
                     lax.fori_loop(0, num_steps, multiply_step, sum_ref)
+                    plgpu.barrier_wait(extras_full)
                     for index in range(num_parts):
                         slot = slot_of(count + num_steps + index)
                         plgpu.barrier_wait(full.at[slot])
-                        other = high_smem.at[slot, 0]
-                        other = other.transpose((1, 0)) if transposed else other
-                        plgpu.wgmma(sum_ref, low_smem.at[slot, 0, mine], other)
+                        # The whole sum is multiplied with the scales, which are powers of two.
+                        low_ref = low_smem.at[slot, 0, mine]
+                        low = _read(low_ref, plgpu.Layout.WGMMA).astype(jnp.float32)
+                        low_ref[...] = (low / read_scale(low.shape)).astype(jnp.bfloat16)
+                        plgpu.commit_smem()
+                        high = high_smem.at[slot, 0]
+                        high = high.transpose((1, 0)) if transposed else high
+                        plgpu.wgmma(sum_ref, low_ref, high)
                         plgpu.wgmma_wait(1)
                         plgpu.barrier_arrive(free.at[slot_of(count + num_steps + index - 1)])
                     plgpu.wgmma_wait(0)
@@ -242,12 +288,7 @@ def matmul_sum(
                     return sum_ref[...]
 
                 sums = pl.run_scoped(multiply, plgpu.ACC((height, COLUMNS), jnp.float32))
-                if extras:
-                    plgpu.barrier_wait(extras_full)
-                if row_scale_N is not None:
-                    scale = _read(extra_smem["row_scale"].at[mine], plgpu.Layout.WGMMA.reduce(1))
-                    scale = scale if scale_G is None else scale * inputs["scale"][group]
-                    sums = sums * lax.broadcast_in_dim(scale, sums.shape, [0])
+                sums = sums * read_scale(sums.shape)
 
                 def store(start: int) -> None:
                     out = sums[:, start : start + OUT_COLUMNS]
@@ -269,14 +310,13 @@ def matmul_sum(
 
                 for start in range(0, COLUMNS, OUT_COLUMNS):
                     store(start)
-                if extras:
-                    plgpu.barrier_arrive(extras_free)
+                plgpu.barrier_arrive(extras_free)
                 return count + num_steps + num_parts
 
             lax.fori_loop(0, num_tiles, multiply_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    outs = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16)] * groups,
         scratch_types=scratch,
@@ -287,7 +327,8 @@ def matmul_sum(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         interpret=interpret,
-    )(*given.values())
+    )(*given.values(), *highs)
+    return tuple(outs)
 
 
 def _swizzled(width: int, dtype: DTypeLike) -> tuple:

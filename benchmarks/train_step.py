@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import flax
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from hopper_matmul import multiply_add
 from kernel_table import format_kernels, read_kernels
 from random_model import (
     TINY,
@@ -37,6 +39,7 @@ from random_model import (
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket, check_bucket
+from wan22_jax.model import fused
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
@@ -56,6 +59,8 @@ def main() -> None:
         module = "--xla_dump_hlo_module_re=.*train_step.*"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump} {module}".strip()
     jax.config.update("jax_compilation_cache_dir", args.cache)  # None: the first step is cold
+    if args.one_kernel:
+        fused.multiply_add = partial(multiply_add, num_cores=jax.local_devices()[0].core_count)
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
     config = TINY if args.tiny else TI2V_5B
@@ -119,6 +124,7 @@ def main() -> None:
         "dtype": args.dtype,
         "activation_checkpointing": args.activation_checkpointing,
         "blocks_to_swap": args.blocks_to_swap,
+        "one_kernel": args.one_kernel,
         "step_s": round(step_s, 4),
         "step_s_all": [round(value, 4) for value in seconds],
         "first_s": round(compile_s + first_s, 1),
@@ -158,6 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", help="persistent compilation cache; left out, none is used")
     parser.add_argument("--trace", type=Path, help="write a profile of two steps here")
     parser.add_argument("--dump", type=Path, help="write the step's HLO here, before and after XLA")
+    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py; an H100")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the program")
     return parser.parse_args()
 
