@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wan22_jax.model.remat import POLICIES, Stack, _keeps
-from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.model.remat import POLICIES, Streamed, _keeps
+from wan22_jax.model.transformer import FlatState, TransformerConfig, WanTransformer
 from wan22_jax.training.step import Draws, Frozen, loss_fn, place_frozen, split_model
 from wan22_jax.weights import keeps_float32
 
-BLOCKS = 2
+BLOCKS, SWAP = 3, 2
 CONFIG = TransformerConfig(
     dim=32, ffn_dim=48, num_heads=2, num_layers=BLOCKS, text_dim=8, text_len=6, freq_dim=16
 )
@@ -105,11 +105,11 @@ def is_program(value) -> bool:
 
 @every_policy
 def test_no_policy_changes_a_bit(policy):
-    """Compiled; one block as straight code (or in a loop), one that is swapped."""
+    """Compiled; one resident block and two that are swapped."""
     expected = differentiate(False, 0).values
     assert all(np.abs(leaf).max() > 0 for leaf in expected)
     assert len(expected) == 21
-    for got, want in zip(differentiate(policy, 1).values, expected, strict=True):
+    for got, want in zip(differentiate(policy, SWAP).values, expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -130,43 +130,59 @@ NUM_KEPT = {
 @every_policy
 def test_what_waits_on_the_host_is_fetched_and_sent(policy):
     """Copies in the program: weights in both passes, activations out once and in once."""
-    swap = 1
-    run = differentiate(policy, swap)
+    run = differentiate(policy, SWAP)
     equations = [e for e in run.equations if e.primitive.name == "device_put"]
     puts = [variable.aval for equation in equations for variable in equation.outvars]
     out = [aval for aval in puts if aval.memory_space == jax.memory.Space.Host]
-    stacks = (swap > 0) + (swap < BLOCKS) if POLICIES[policy].on_host else 0
-    num_saved = 1 + NUM_KEPT.get(policy, 0)
-    assert len(out) == stacks * num_saved
-    weights = 2 * 10 if swap else 0  # ten matrices, forward and backward
+    num_sent = BLOCKS * (1 + NUM_KEPT[policy]) if POLICIES[policy].on_host else 0
+    assert len(out) == num_sent
+    weights = 2 * 10 * SWAP  # ten matrices, forward and backward
     assert len(puts) - len(out) == weights + len(out)
 
 
 @every_policy
+def test_copies_are_bounded_by_the_blocks_beside_them(policy):
+    """Fetches wait for the block before to begin, sends are over when the block after is."""
+    run = differentiate(policy, SWAP)
+    tied = [e for e in run.equations if e.primitive.name == "optimization_barrier"]
+    released = {id(variable) for equation in tied for variable in equation.outvars}
+    awaited = {id(variable) for equation in tied for variable in equation.invars}
+    fetches, sends = [], []
+    for equation in run.equations:
+        if equation.primitive.name == "device_put":
+            for source, copy in zip(equation.invars, equation.outvars, strict=True):
+                is_send = copy.aval.memory_space == jax.memory.Space.Host
+                (sends if is_send else fetches).append((id(source), id(copy)))
+    on_host = POLICIES[policy].on_host
+    num_sent = 1 + NUM_KEPT[policy] if on_host else 0
+    # Nothing comes before the first block of either pass; the first of all is resident.
+    first = (0 if on_host else 10) + 10 + num_sent
+    assert sum(source not in released for source, _ in fetches) == first
+    # The last block's are not waited for in the forward pass.
+    assert sum(copy not in awaited for _, copy in sends) == num_sent
+
+
+@every_policy
 def test_frozen_weights_lie_where_the_step_reads_them(policy):
-    swap = 1
     _, _, frozen = split_model(WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
     by_path = {path: leaf[...] for path, leaf in nnx.to_flat_state(frozen["blocks"])}
-    parts = place(frozen, policy, swap).parts
-    blocks: list[dict] = []
+    parts = place(frozen, policy, SWAP).parts
+    blocks: list[FlatState] = []
     for part in parts:
         if isinstance(part, list):
             blocks += part
             continue
-        assert isinstance(part, Stack)
-        for path, leaf in part.on_host.items():
-            assert leaf.sharding.memory_kind == "pinned_host", path
-            assert leaf.ndim == 3, path
-        for path, leaf in part.on_device.items():
-            assert leaf.sharding.memory_kind == "device", path
-        rows = {**part.on_device, **part.on_host}
-        blocks += [{path: leaf[i] for path, leaf in rows.items()} for i in range(part.num_blocks)]
-    on_host = [part for part in parts if isinstance(part, Stack) and part.on_host]
-    assert sum(part.num_blocks for part in on_host) == swap
-    assert all(len(part.on_host) == 10 for part in on_host)
-    assert any(isinstance(part, list) for part in parts) == (
-        swap < BLOCKS and not POLICIES[policy].on_host
-    )
+        for on_device, on_host in zip(*part, strict=True):
+            for path, leaf in on_host.items():
+                assert leaf.sharding.memory_kind == "pinned_host", path
+                assert leaf.ndim == 2, path
+            for path, leaf in on_device.items():
+                assert leaf.sharding.memory_kind == "device", path
+            blocks.append({**on_device, **on_host})
+    streamed = [part for part in parts if isinstance(part, Streamed)]
+    num_matrices = [len(on_host) for part in streamed for on_host in part.on_host]
+    resident = [0] * (BLOCKS - SWAP) if POLICIES[policy].on_host else []
+    assert num_matrices == [*resident, *[10] * SWAP]
     assert len(blocks) == BLOCKS
     for index, block in enumerate(blocks):
         assert block.keys() == by_path.keys()
@@ -177,7 +193,7 @@ def test_frozen_weights_lie_where_the_step_reads_them(policy):
 def test_more_blocks_to_swap_than_there_are_means_all():
     _, _, frozen = split_model(WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
     (part,) = place(frozen, False, 30).parts
-    assert isinstance(part, Stack)
+    assert isinstance(part, Streamed)
     assert part.num_blocks == BLOCKS
 
 
@@ -192,6 +208,6 @@ def test_the_fused_attention_of_gpus_is_named_by_its_primitive():
         ("keep_attention", True, False),
         ("keep_matmuls", True, True),
     ):
-        keeps = _keeps(POLICIES[policy].keep or (), on_host=False)
+        keeps = _keeps(POLICIES[policy].keep or ())
         assert keeps(primitive, queries, queries) is itself
         assert keeps(primitive, queries, keys) is text

@@ -35,7 +35,7 @@ from wan22_jax.model.linear import (
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, Stack, run_blocks
+from wan22_jax.model.remat import POLICIES, Stack, Streamed, run_blocks
 from wan22_jax.model.rope import rope_tables
 
 FlatState = Mapping[tuple, jax.Array]  # by path
@@ -94,7 +94,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
-        parts: Sequence[list[FlatState] | Stack] = (),
+        parts: Sequence[list[FlatState] | Stack | Streamed] = (),
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -130,7 +130,7 @@ class WanTransformer(nnx.Module):
             run_block,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
             trainable,
-            parts or [Stack(frozen, {})],
+            parts or [Stack(frozen)],
             (time_BTMD, text, rope),
             POLICIES[activation_checkpointing],
         )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, Stack
+from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import FlatState, WanTransformer
 
 
@@ -42,7 +42,7 @@ class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
     rest: nnx.State  # all but the blocks, or with them if there are no parts
-    parts: tuple[list[FlatState] | Stack, ...] = ()
+    parts: tuple[list[FlatState] | Streamed, ...] = ()
 
 
 Metrics = dict[str, jax.Array]
@@ -66,8 +66,8 @@ def place_frozen(
 
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
-        activation_checkpointing: a key of ``remat.POLICIES``. Blocks whose activations wait on the
-            host stay a stack, others become arrays of their own.
+        activation_checkpointing: a key of ``remat.POLICIES``; says whether activations wait on the
+            host.
         blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
             their weights is small; more than there are means all.
         sharding: of what stays on the device.
@@ -78,24 +78,22 @@ def place_frozen(
     resident = max(0, num_blocks - blocks_to_swap)
     host = sharding.with_memory_kind("pinned_host")
 
-    def put_rows(start: int, stop: int, *, swap: bool) -> Stack:
-        rows = {path: array[start:stop] for path, array in by_path.items()}
-        matrices = {path for path in rows if swap and rows[path].ndim == 3}
-        return Stack(
-            {path: jax.device_put(rows[path], sharding) for path in rows.keys() - matrices},
-            {path: jax.device_put(rows[path], host) for path in matrices},
+    def put_row(index: int, *, swap: bool) -> tuple[FlatState, FlatState]:
+        row = {path: array[index] for path, array in by_path.items()}
+        matrices = {path for path in row if swap and row[path].ndim == 2}
+        return (
+            {path: jax.device_put(row[path], sharding) for path in row.keys() - matrices},
+            {path: jax.device_put(row[path], host) for path in matrices},
         )
 
-    def put_row(index: int) -> FlatState:
-        return {path: jax.device_put(array[index], sharding) for path, array in by_path.items()}
-
-    parts: list[list[FlatState] | Stack] = []
-    if resident and POLICIES[activation_checkpointing].on_host:
-        parts.append(put_rows(0, resident, swap=False))
-    elif resident:
-        parts.append([put_row(index) for index in range(resident)])
-    if resident < num_blocks:
-        parts.append(put_rows(resident, num_blocks, swap=True))
+    rows = [put_row(index, swap=index >= resident) for index in range(num_blocks)]
+    start = 0 if POLICIES[activation_checkpointing].on_host else resident
+    parts: list[list[FlatState] | Streamed] = []
+    if start > 0:
+        parts.append([on_device for on_device, _ in rows[:start]])
+    if start < num_blocks:
+        on_device, on_host = map(list, zip(*rows[start:], strict=True))
+        parts.append(Streamed(on_device, on_host))
     without_blocks = nnx.merge_state(rest, jax.tree.map(lambda leaf: leaf[:0], stacked))
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
