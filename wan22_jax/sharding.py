@@ -10,6 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
+_XLA_FLAGS = {
+    "xla_gpu_enable_triton_gemm": "false",
+    # Copies under way at a time: more than two blocks have.
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+}
+
 
 def make_mesh() -> Mesh:
     """Makes the mesh of the first local device (axis "data")."""
@@ -24,13 +30,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def claim_gpu() -> None:
     """Sets XLA up for a GPU that is ours alone; the user's own environment variables win.
 
-    Before the first array is made. JAX would limit itself to three quarters of the memory; and
-    autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md).
+    Before the first array is made. JAX would limit itself to three quarters of the memory;
+    autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
+    and XLA would wait for each copy from or to the host as soon as it has begun a second one.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+    for name, value in _XLA_FLAGS.items():
+        if name not in flags:
+            flags = f"{flags} --{name}={value}"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def keep_compiled() -> None:
