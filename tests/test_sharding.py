@@ -66,8 +66,11 @@ def test_xla_knows_its_flags_and_the_users_win(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_dot_merger_threshold_mb=16")
     claim_gpu()
-    flags = "--xla_gpu_dot_merger_threshold_mb=16 --xla_gpu_enable_triton_gemm=false"
-    assert os.environ["XLA_FLAGS"] == flags
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_gpu_dot_merger_threshold_mb=16",
+        "--xla_gpu_enable_triton_gemm=false",
+        "--xla_gpu_experimental_parallel_async_compute_limit=64",
+    ]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     monkeypatch.delenv("XLA_FLAGS")
     claim_gpu()

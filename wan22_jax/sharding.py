@@ -10,6 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
+_XLA_FLAGS = {
+    "xla_gpu_enable_triton_gemm": "false",
+    "xla_gpu_dot_merger_threshold_mb": "0",
+    # Copies under way at a time: more than two blocks have.
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+}
+
 
 def make_mesh() -> Mesh:
     """Makes the mesh of the first local device (axis "data")."""
@@ -26,18 +33,16 @@ def claim_gpu() -> None:
 
     Before the first array is made. JAX would limit itself to three quarters of the memory;
     autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
-    and XLA would make one of matmuls that share an operand, copying their other operands in every
-    step: weights and gradients.
+    XLA would make one of matmuls that share an operand, copying their other operands in every step:
+    weights and gradients; and it would wait for each copy from or to the host as soon as it has
+    begun a second one.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
-    for flag, value in (
-        ("xla_gpu_enable_triton_gemm", "false"),
-        ("xla_gpu_dot_merger_threshold_mb", "0"),
-    ):
-        if flag not in flags:
-            flags = f"{flags} --{flag}={value}".strip()
-    os.environ["XLA_FLAGS"] = flags
+    for name, value in _XLA_FLAGS.items():
+        if name not in flags:
+            flags = f"{flags} --{name}={value}"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def keep_compiled() -> None:

@@ -1,8 +1,8 @@
 """Running the stack of blocks: what the backward pass keeps, and what waits in host memory.
 
 A block's activations are kept, computed again, or kept in pinned host memory; its frozen weights
-live on the device or in pinned host memory, from which both passes fetch them when it is their
-turn. Values never depend on any of this.
+live on the device or in pinned host memory. What waits on the host is copied beside the block
+before or after. Values never depend on any of this.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import Offloadable, Recompute, checkpoint_name
+from jax.core import Tracer
 
 Tree = Any  # of arrays
 # block(x, trainable weights, frozen weights in one or two trees, context) -> x of the same shape
@@ -19,7 +19,6 @@ Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 _ATTENTION = ("attention",)
 _MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
 _SMALL = ("modulation", "cross_kv")  # not worth the way to the host
-_INPUT = "block_input"
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -50,8 +49,7 @@ POLICIES: dict[bool | str, Remat] = {
 class Stack(NamedTuple):
     """Frozen weights of consecutive blocks, each leaf with a leading axis of blocks."""
 
-    on_device: Tree
-    on_host: Tree  # fetched block by block; without leaves if nothing is
+    weights: Tree
 
     @property
     def num_blocks(self) -> int:
@@ -59,11 +57,23 @@ class Stack(NamedTuple):
         return jax.tree.leaves(self)[0].shape[0]
 
 
+class Streamed(NamedTuple):
+    """Frozen weights of consecutive blocks that copy something from or to the host."""
+
+    on_device: list[Tree]
+    on_host: list[Tree]  # as many; trees without leaves where nothing is
+
+    @property
+    def num_blocks(self) -> int:
+        """The length of either list."""
+        return len(self.on_device)
+
+
 def run_blocks(
     block: Block,
     x: jax.Array,
     trainable: Tree,
-    parts: Sequence[list[Tree] | Stack],
+    parts: Sequence[list[Tree] | Stack | Streamed],
     context: Tree,
     remat: Remat,
 ) -> jax.Array:
@@ -73,11 +83,12 @@ def run_blocks(
         block: one block.
         x: what the blocks pass on.
         trainable: weights of all blocks, with a leading axis.
-        parts: frozen weights; the parts' blocks follow each other. A list of single blocks
-            becomes straight code: it compiles longer than the loop over a stack and runs
-            faster, since nothing is copied into and out of stacks.
-        context: what all blocks read alike.
-        remat: what the backward pass keeps; only what runs as a stack can keep it on the host.
+        parts: frozen weights; the parts' blocks follow each other. All but a stack becomes
+            straight code: it compiles longer than the loop over a stack and runs faster, since
+            nothing is copied into and out of stacks.
+        context: what all blocks read alike. If a part is streamed, it gets no gradient.
+        remat: what the backward pass keeps; only streamed parts keep it on the host, others on
+            the device.
     """
     start = 0
     for part in parts:
@@ -86,8 +97,10 @@ def run_blocks(
         start += count
         if isinstance(part, list):
             x = _run_unrolled(block, remat, x, layers, part, context)
-        else:
+        elif isinstance(part, Stack):
             x = _run_scanned(block, remat, x, layers, part, context)
+        else:
+            x = _run_streamed(block, remat, x, layers, part, context)
     return x
 
 
@@ -103,47 +116,128 @@ def _run_unrolled(
         return block(x, layer, (frozen,), context)
 
     if remat.keep is not None:
-        run = jax.checkpoint(run, policy=_keeps(remat.keep, on_host=False))
-    leaves, structure = jax.tree.flatten(trainable)
-    # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
-    split = [jax.lax.split(leaf, (1,) * len(blocks)) for leaf in leaves]
-    for index, frozen in enumerate(blocks):
-        layer = [rows[index].reshape(rows[index].shape[1:]) for rows in split]
-        x = run(x, jax.tree.unflatten(structure, layer), frozen)
+        run = jax.checkpoint(run, policy=_keeps(remat.keep))
+    for layer, frozen in zip(_unstack(trainable, len(blocks)), blocks, strict=True):
+        x = run(x, layer, frozen)
     return x
 
 
 def _run_scanned(
     block: Block, remat: Remat, x: jax.Array, trainable: Tree, stack: Stack, context: Tree
 ) -> jax.Array:
-    def body(x: jax.Array, layer: tuple[Tree, Stack]) -> tuple[jax.Array, None]:
-        trainable, (on_device, on_host) = layer
-        fetched = jax.device_put(on_host, jax.memory.Space.Device)
-        x = checkpoint_name(x, _INPUT)
-        return block(x, trainable, (on_device, fetched), context), None
+    def body(x: jax.Array, layer: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
+        return block(x, layer[0], (layer[1],), context), None
 
-    keep = remat.keep
-    if keep is None and jax.tree.leaves(stack.on_host):
-        # With everything else, fetched weights and what is joined of them would be kept.
-        keep = POLICIES["keep_matmuls"].keep
-    if keep is not None:
-        policy = _keeps(keep, on_host=remat.on_host)
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, x, (trainable, stack))[0]
+    if remat.keep is not None:
+        body = jax.checkpoint(body, policy=_keeps(remat.keep), prevent_cse=False)
+    return jax.lax.scan(body, x, (trainable, stack.weights))[0]
 
 
-def _keeps(names: tuple[str, ...], *, on_host: bool) -> Callable[..., Any]:
-    """Makes a policy for ``jax.checkpoint``; on the device it keeps a block's input in any case."""
-    names = (*names, _INPUT) if on_host else names
+def _run_streamed(
+    block: Block, remat: Remat, x: jax.Array, trainable: Tree, streamed: Streamed, context: Tree
+) -> jax.Array:
+    """Straight code with a backward pass of our own.
 
-    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+    When a block starts, the fetches of the next one may begin and the sends of the last one but
+    one are over: without such bounds, XLA's scheduler begins fetches so early, and ends sends so
+    late, that memory does not suffice.
+    """
+    last = streamed.num_blocks - 1
+    if remat.keep is not None:
+        block = jax.checkpoint(block, policy=_keeps(remat.keep), prevent_cse=False)
+
+    def differentiate(
+        x: jax.Array, layer: Tree, frozen: tuple[Tree, Tree], context: Tree
+    ) -> tuple[jax.Array, list[jax.Array], Callable]:
+        """Runs a block; what its gradient needs beside these arguments, and the gradient of it."""
+        x_out, pull = jax.vjp(lambda x, layer: block(x, layer, frozen, context), x, layer)
+        leaves, structure = jax.tree.flatten(pull)
+        arguments = {id(leaf) for leaf in jax.tree.leaves((x, layer, frozen, context))}
+        kept = {
+            id(leaf): leaf
+            for leaf in leaves
+            if isinstance(leaf, Tracer) and id(leaf) not in arguments
+        }
+
+        def pull_from(values: list[jax.Array], dx: jax.Array) -> tuple[jax.Array, Tree]:
+            by_id = dict(zip(kept, values, strict=True))
+            return jax.tree.unflatten(structure, [by_id.get(id(leaf), leaf) for leaf in leaves])(dx)
+
+        return x_out, list(kept.values()), pull_from
+
+    def run_forward(
+        x: jax.Array, layers: list[Tree], streamed: Streamed, context: Tree
+    ) -> tuple[jax.Array, Tree]:
+        on_device, on_host = streamed
+        fetched = _fetch(on_host[0])
+        saved = []
+        for index, layer in enumerate(layers):
+            weights = fetched
+            if index < last:
+                x, ahead = _together(x, on_host[index + 1])
+                fetched = _fetch(ahead)
+            x_out, kept, _ = differentiate(x, layer, (on_device[index], weights), context)
+            saved.append(_send([x, *kept]) if remat.on_host else [x, *kept])
+            x = x_out
+            if remat.on_host and index > 0:
+                x, saved[-2] = _together(x, saved[-2])
+        return x, (saved, layers, streamed, context)
+
+    def run_backward(residuals: Tree, dx: jax.Array) -> tuple:
+        saved, layers, (on_device, on_host), context = residuals
+        waiting = [
+            (weights, saved[i] if remat.on_host else []) for i, weights in enumerate(on_host)
+        ]
+        fetched = _fetch(waiting[last])
+        dlayers = []
+        for index in range(last, -1, -1):
+            weights, values = fetched
+            if index > 0:
+                dx, ahead = _together(dx, waiting[index - 1])
+                fetched = _fetch(ahead)
+            x_and_kept = values if remat.on_host else saved[index]
+            # Nor is anything kept for here that the forward pass made of these.
+            dx, (x, *kept), layer, here = _together(dx, x_and_kept, layers[index], on_device[index])
+            _, _, pull_from = differentiate(x, layer, (here, weights), context)
+            dx, dlayer = _together(*pull_from(kept, dx))
+            dlayers.append(dlayer)
+        return dx, dlayers[::-1], None, None
+
+    run = jax.custom_vjp(lambda *args: run_forward(*args)[0])
+    run.defvjp(run_forward, run_backward)
+    return run(x, _unstack(trainable, last + 1), streamed, context)
+
+
+def _unstack(tree: Tree, count: int) -> list[Tree]:
+    leaves, structure = jax.tree.flatten(tree)
+    # Not leaf[index], whose gradient is a whole stack of zeros but for one row.
+    split = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [rows[i].reshape(rows[i].shape[1:]) for rows in split])
+        for i in range(count)
+    ]
+
+
+def _together(*trees: Tree) -> tuple:
+    """The arguments, none of which is used before all are there."""
+    return jax.lax.optimization_barrier(trees)
+
+
+def _fetch(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), tree)
+
+
+def _send(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host), tree)
+
+
+def _keeps(names: tuple[str, ...]) -> Callable[..., bool]:
+    """Makes a policy for ``jax.checkpoint``, which keeps a block's input in any case."""
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> bool:
         if primitive.name == _FUSED_ATTENTION:
             queries, keys, *_ = args
-            kept = ("attention" if queries.shape == keys.shape else "cross_attention") in names
-        else:
-            kept = primitive.name == "name" and params["name"] in names
-        if not on_host:
-            return kept
-        return Offloadable(src="device", dst="pinned_host") if kept else Recompute
+            return ("attention" if queries.shape == keys.shape else "cross_attention") in names
+        return primitive.name == "name" and params["name"] in names
 
     return policy

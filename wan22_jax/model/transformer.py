@@ -46,7 +46,7 @@ from wan22_jax.model.linear import (
     stack_layers,
 )
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, Stack, run_blocks
+from wan22_jax.model.remat import POLICIES, Stack, Streamed, run_blocks
 from wan22_jax.model.rope import rope_tables
 
 
@@ -103,7 +103,7 @@ class WanTransformer(nnx.Module):
         *,
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
-        parts: Sequence[list[Arrays] | Stack] = (),
+        parts: Sequence[list[Arrays] | Stack | Streamed] = (),
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -146,7 +146,7 @@ class WanTransformer(nnx.Module):
             run,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
             adapters,
-            parts or [Stack(named_arrays(frozen), {})],
+            parts or [Stack(named_arrays(frozen))],
             (time_BTMD, text, rope),
             POLICIES[activation_checkpointing],
         )

@@ -19,7 +19,7 @@ from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
 from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.remat import POLICIES, Stack
+from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
 
 
@@ -43,7 +43,7 @@ class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
     rest: nnx.State  # all but the blocks, or with them if there are no parts
-    parts: tuple[list[Arrays] | Stack, ...] = ()
+    parts: tuple[list[Arrays] | Streamed, ...] = ()
 
 
 Metrics = dict[str, jax.Array]
@@ -67,8 +67,8 @@ def place_frozen(
 
     Args:
         frozen: from ``split_model``; arrays of the device or of NumPy.
-        activation_checkpointing: a key of ``remat.POLICIES``. Blocks whose activations wait on the
-            host stay a stack, others become arrays of their own. Either way linears are joined.
+        activation_checkpointing: a key of ``remat.POLICIES``; says whether activations wait on the
+            host.
         blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
             their weights is small; more than there are means all.
         sharding: of what stays on the device.
@@ -79,24 +79,22 @@ def place_frozen(
     resident = max(0, num_blocks - blocks_to_swap)
     host = sharding.with_memory_kind("pinned_host")
 
-    def take(rows: int | slice) -> Arrays:
-        return join_linears({name: array[rows] for name, array in by_name.items()})
-
-    def put_rows(start: int, stop: int, *, swap: bool) -> Stack:
-        rows = take(slice(start, stop))
-        matrices = {name for name, array in rows.items() if swap and array.ndim == 3}
-        return Stack(
-            {name: jax.device_put(rows[name], sharding) for name in rows.keys() - matrices},
-            {name: jax.device_put(rows[name], host) for name in matrices},
+    def put_row(index: int, *, swap: bool) -> tuple[Arrays, Arrays]:
+        row = join_linears({name: array[index] for name, array in by_name.items()})
+        matrices = {name for name, array in row.items() if swap and array.ndim == 2}
+        return (
+            {name: jax.device_put(row[name], sharding) for name in row.keys() - matrices},
+            {name: jax.device_put(row[name], host) for name in matrices},
         )
 
-    parts: list[list[Arrays] | Stack] = []
-    if resident and POLICIES[activation_checkpointing].on_host:
-        parts.append(put_rows(0, resident, swap=False))
-    elif resident:
-        parts.append([jax.device_put(take(index), sharding) for index in range(resident)])
-    if resident < num_blocks:
-        parts.append(put_rows(resident, num_blocks, swap=True))
+    rows = [put_row(index, swap=index >= resident) for index in range(num_blocks)]
+    start = 0 if POLICIES[activation_checkpointing].on_host else resident
+    parts: list[list[Arrays] | Streamed] = []
+    if start > 0:
+        parts.append([on_device for on_device, _ in rows[:start]])
+    if start < num_blocks:
+        on_device, on_host = map(list, zip(*rows[start:], strict=True))
+        parts.append(Streamed(on_device, on_host))
     without_blocks = nnx.merge_state(rest, jax.tree.map(lambda leaf: leaf[:0], stacked))
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
