@@ -26,9 +26,9 @@ _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and so
 class Remat:
     """What the backward pass finds of each block, beside its input."""
 
-    # Values by their checkpoint_name. None keeps everything, but of fetched blocks only what
-    # "keep_matmuls" does. Nothing in float8 may be named: jax.checkpoint passes what it keeps
-    # through reduce_precision, which makes NaN of any e4m3fn over 240.
+    # Values by their checkpoint_name; None keeps everything. Nothing in float8 may be named:
+    # jax.checkpoint passes what it keeps through reduce_precision, which makes NaN of any e4m3fn
+    # over 240.
     keep: tuple[str, ...] | None = None
     on_host: bool = False  # the input and what is kept go to pinned host memory
 
