@@ -24,6 +24,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from wan22_jax.model import fused, kernels
 from wan22_jax.model.fp8 import BACKWARD, FORWARD
+from wan22_jax.sharding import claim_gpu
 
 
 class Case(NamedTuple):
@@ -66,6 +67,7 @@ def main() -> None:
         errors = [check(case, 206, interpret=True, cluster=n) for case in TINY for n in (1, 2)]
         print("RESULT " + json.dumps({"error": max(errors)}))
         return
+    claim_gpu()
     for tokens in args.tokens:
         now_ms = best_ms = 0.0
         print("| tokens | linear | now us | one kernel us | TFLOP/s | ratio | error | schedule |")
