@@ -23,7 +23,6 @@ from unittest import mock
 import jax
 import numpy as np
 from flax import nnx
-from hopper_matmul import multiply_add
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from kernel_table import short_name
@@ -168,11 +167,14 @@ def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
         graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
     )
     start = time.perf_counter()
-    one_kernel = partial(multiply_add, num_cores=h100.devices[0].core_count)
+    multiply_add = fused.multiply_add
+    if args.one_kernel:
+        import hopper_matmul  # needs jax 0.11
+
+        num_cores = h100.devices[0].core_count
+        multiply_add = partial(hopper_matmul.multiply_add, num_cores=num_cores)
     with (
-        mock.patch.object(
-            fused, "multiply_add", one_kernel if args.one_kernel else fused.multiply_add
-        ),
+        mock.patch.object(fused, "multiply_add", multiply_add),
         # What the package asks to choose its kernels.
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(fp8, "has_float8_matmul", return_value=True),

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from hopper_matmul import multiply_add
 from kernel_table import format_kernels, read_kernels
 from random_model import (
     TINY,
@@ -60,6 +59,8 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump} {module}".strip()
     jax.config.update("jax_compilation_cache_dir", args.cache)  # None: the first step is cold
     if args.one_kernel:
+        from hopper_matmul import multiply_add  # needs jax 0.11
+
         fused.multiply_add = partial(multiply_add, num_cores=jax.local_devices()[0].core_count)
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")

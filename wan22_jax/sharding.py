@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
+# XLA ends a process whose flags it does not know: these it knows from jaxlib 0.10.2 to 0.12.0.1.
 _XLA_FLAGS = {
     "xla_gpu_enable_triton_gemm": "false",
     "xla_gpu_dot_merger_threshold_mb": "0",
@@ -34,8 +35,7 @@ def claim_gpu() -> None:
     Before the first array is made. JAX would limit itself to three quarters of the memory;
     autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
     XLA would make one of matmuls that share an operand, copying their other operands in every step:
-    weights and gradients; and it would wait for each copy from or to the host as soon as it has
-    begun a second one.
+    weights and gradients; and of copies from or to the host, the third would wait for the first.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")

@@ -237,6 +237,7 @@ def _linear(groups: int, x: Activation, w: LinearWeights) -> tuple[jax.Array, ..
 
 
 def _linear_forward(groups: int, x: Activation, w: LinearWeights) -> tuple:
+    assert (w.lora is None) == (w.trained is None), "an adapter's gradient needs its trained copy"
     # The barrier has all blocks' rows of a stack cast and copied at once, in a few kernels. Without
     # it XLA copies them one by one for the backward pass and lets this matmul read the stack.
     w = w._replace(lora=jax.lax.optimization_barrier(w.lora), trained=None)

@@ -2,7 +2,7 @@
 
 A block's activations are kept, computed again, or kept in pinned host memory; its frozen weights
 live on the device or in pinned host memory. What waits on the host is copied beside the block
-before or after. Values never depend on any of this.
+before or after. Values depend on none of this, but for how XLA rounds what it fuses.
 """
 
 from collections.abc import Callable, Sequence
@@ -140,7 +140,8 @@ def _run_streamed(
 
     When a block starts, the fetches of the next one may begin and the sends of the last one but
     one are over: without such bounds, XLA's scheduler begins fetches so early, and ends sends so
-    late, that memory does not suffice.
+    late, that memory does not suffice. Only the first fetches of either pass are not bound. To be
+    traced as one: run op by op, it finds nothing to keep.
     """
     last = streamed.num_blocks - 1
     if remat.keep is not None:
