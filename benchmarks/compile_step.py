@@ -26,7 +26,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from kernel_table import short_name
-from random_model import add_lora, build_step, make_model, place, read_policy
+from random_model import add_lora, add_step_arguments, build_step, make_model, place
 from train_step import make_adamw, make_batch
 
 from wan22_jax.geometry import Bucket, check_bucket
@@ -105,14 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
-    parser.add_argument("--dtype", choices=("bfloat16", "float8"), default="bfloat16")
-    parser.add_argument(
-        "--activation_checkpointing", type=read_policy, default=True, metavar="POLICY"
-    )
-    parser.add_argument("--blocks_to_swap", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
-    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py")
+    add_step_arguments(parser)
     parser.add_argument("--hlo", type=Path, help="write the scheduled HLO here")
     return parser.parse_args()
 

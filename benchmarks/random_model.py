@@ -4,6 +4,7 @@ Weights are drawn on the device, one layer of one parameter at a time, so that m
 needs more memory than holding it. A float8 model is the bfloat16 model of the same seed, quantised.
 """
 
+import argparse
 import math
 import os
 import subprocess
@@ -139,6 +140,22 @@ def build_grad(
     """Jits (trainable, frozen, latents, text, draws) -> (loss, gradient), without an optimizer."""
     loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
     return jax.jit(jax.value_and_grad(loss))
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which train step is meant."""
+    parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
+    parser.add_argument("--dtype", choices=("bfloat16", "float8"), default="bfloat16")
+    parser.add_argument(
+        "--activation_checkpointing",
+        type=read_policy,
+        default=True,
+        metavar="POLICY",
+        help="false, true, unsloth or a named policy, as in the training config",
+    )
+    parser.add_argument("--blocks_to_swap", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
+    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py; an H100")
 
 
 def read_policy(text: str) -> bool | str:

@@ -28,12 +28,12 @@ from kernel_table import format_kernels, read_kernels
 from random_model import (
     TINY,
     add_lora,
+    add_step_arguments,
     build_step,
     count_flops,
     limit_memory,
     make_model,
     place,
-    read_policy,
 )
 
 from wan22_jax.batch import Batch
@@ -149,23 +149,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
-    parser.add_argument("--dtype", choices=("bfloat16", "float8"), default="bfloat16")
-    parser.add_argument(
-        "--activation_checkpointing",
-        type=read_policy,
-        default=True,
-        metavar="POLICY",
-        help="false, true, unsloth or a named policy, as in the training config",
-    )
-    parser.add_argument("--blocks_to_swap", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
+    add_step_arguments(parser)
     parser.add_argument("--steps", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
     parser.add_argument("--cache", help="persistent compilation cache; left out, none is used")
     parser.add_argument("--trace", type=Path, help="write a profile of two steps here")
     parser.add_argument("--dump", type=Path, help="write the step's HLO here, before and after XLA")
-    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py; an H100")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the program")
     return parser.parse_args()
 
