@@ -123,15 +123,11 @@ def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
     """Traces the step, with arrays that have shapes alone, as a GPU would."""
     graphdef: nnx.GraphDef | None = None
 
-    def make() -> tuple[nnx.State, nnx.State]:
+    def make_arguments() -> tuple:
         nonlocal graphdef
         model = make_model(TI2V_5B, dtype=args.dtype)
         add_lora(model, seed=2)
         graphdef, trainable, frozen = split_model(model)
-        return trainable, frozen
-
-    def make_arguments() -> tuple:
-        trainable, frozen = make()
         placed = place(
             frozen,
             activation_checkpointing=args.activation_checkpointing,

@@ -58,19 +58,8 @@ def multiply_add(
 ) -> tuple[jax.Array, ...]:
     """``fused.multiply_add`` of float8 matrices with an adapter; others are left to it.
 
-    Args:
-        x_NI: as there, and the following.
-        weight_OI: as there.
-        row_scale_N: as there.
-        scale_G: as there.
-        bias_O: as there.
-        low_NR: as there.
-        highs: as there.
-        num_rows: as there.
-        transposed: as there.
-        num_cores: multiprocessors of the GPU.
-        schedule: see there.
-        interpret: parameters of Pallas' interpret mode.
+    Beside its arguments it takes the number of multiprocessors and what may be tuned; ``interpret``
+    are parameters of Pallas' interpret mode.
     """
     groups = len(highs)
     width, depth = weight_OI.shape[0] // groups, weight_OI.shape[1]
@@ -85,39 +74,12 @@ def multiply_add(
     assert row_scale_N is not None
     # Tiles are loaded eight rows at a time: rows are padded as those of x.
     low_NR = jnp.pad(low_NR, ((0, x_NI.shape[0] - num_rows), (0, 0)))
-    return _multiply_add(
-        *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
-        num_rows=num_rows,
-        transposed=transposed,
-        num_cores=num_cores,
-        schedule=schedule,
-        interpret=interpret,
-    )
-
-
-def _multiply_add(
-    x_NI: jax.Array,
-    weight_OI: jax.Array,
-    row_scale_N: jax.Array,
-    scale_G: jax.Array | None,
-    bias_O: jax.Array | None,
-    low_NR: jax.Array,
-    highs: Sequence[jax.Array | None],
-    *,
-    num_rows: int,
-    transposed: bool,
-    num_cores: int,
-    schedule: Schedule,
-    interpret: Any,
-) -> tuple[jax.Array, ...]:
     stages, cluster, band = schedule
-    groups = len(highs)
-    num_columns, width = weight_OI.shape[0], weight_OI.shape[0] // groups
-    num_steps = x_NI.shape[1] // DEPTH_BYTES
-    rank = low_NR.shape[1] // groups
+    num_steps = depth // DEPTH_BYTES
     part = min(64, rank & -rank)  # of the rank, in one step
     num_parts = rank // part
-    grid = (pl.cdiv(num_rows, ROWS * cluster), num_columns // COLUMNS)  # of tiles of a cluster
+    # Of tiles of a cluster.
+    grid = (pl.cdiv(num_rows, ROWS * cluster), weight_OI.shape[0] // COLUMNS)
     num_clusters = num_cores // cluster
     given = {"x": x_NI, "weight": weight_OI, "row_scale": row_scale_N, "low": low_NR}
     given |= {} if scale_G is None else {"scale": scale_G}

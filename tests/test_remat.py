@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from test_block_weights import place
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket
@@ -27,7 +28,6 @@ from wan22_jax.training.step import (
     Frozen,
     init_state,
     loss_fn,
-    place_frozen,
     split_model,
     train_step,
 )
@@ -129,15 +129,6 @@ def run_exactly(function, args: tuple) -> Run:
     results = traced.lower().compile()(*args)
     values = [np.asarray(leaf) for leaf in jax.tree.leaves(results)]
     return Run(values, list(find_equations(traced.jaxpr)))
-
-
-def place(frozen: nnx.State, policy: bool | str, swap: int) -> Frozen:
-    return place_frozen(
-        frozen,
-        activation_checkpointing=policy,
-        blocks_to_swap=swap,
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-    )
 
 
 def narrow(path: tuple, leaf: nnx.Variable) -> nnx.Variable:

@@ -21,6 +21,7 @@ from wan22_jax.model.fp8 import (
     BACKWARD,
     FORWARD,
     float8_matmul,
+    is_float8,
     power_of_two_scale,
 )
 from wan22_jax.model.lora import LowRank
@@ -388,7 +389,7 @@ def multiply_add(
         num_rows: of the result.
         transposed: whether the highs are.
     """
-    if weight_OI.dtype == FORWARD:
+    if is_float8(weight_OI.dtype):
         raw_NO = float8_matmul(x_NI, weight_OI)
     else:
         raw_NO = matmul(x_NI, weight_OI.T)
