@@ -7,18 +7,21 @@ before or after. Values depend on none of this, but for how XLA rounds what it f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Tree = Any  # of arrays
 # block(x, trainable weights, frozen weights in one or two trees, context) -> x of the same shape
 Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
-_MATMULS = ("low_rank", "qkv", "rotated", "o", "cross_q", "cross_o", "ffn_in")
-_SMALL = ("modulation", "cross_kv")  # not worth the way to the host
+_MATMULS = ("cross_attention", "low_rank", "qkv", "o", "cross_q", "cross_o", "ffn_in")
+_SMALL = ("modulation", "cross_kv")
+_SEND_BLOCKS = 2  # blocks that run while what one of them keeps is sent to the host
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -30,19 +33,24 @@ class Remat:
     # jax.checkpoint passes what it keeps through reduce_precision, which makes NaN of any e4m3fn
     # over 240.
     keep: tuple[str, ...] | None = None
-    on_host: bool = False  # the input and what is kept go to pinned host memory
+    on_host: Fraction = Fraction(0)  # of the blocks; their input and what is kept go to the host
+
+    def sends(self, index: int, count: int) -> bool:
+        """Whether block ``index`` of so many is one of them; the last is needed again at once."""
+        return index < count - 1 and (index + 1) * self.on_host // 1 > index * self.on_host // 1
 
 
 # By the value of the config's ``activation_checkpointing``.
 POLICIES: dict[bool | str, Remat] = {
     False: Remat(),
     True: Remat(keep=()),
-    "unsloth": Remat(keep=(), on_host=True),
+    "unsloth": Remat(keep=(), on_host=Fraction(1)),
     "keep_attention": Remat(keep=_ATTENTION),
-    "offload_attention": Remat(keep=_ATTENTION, on_host=True),
+    "offload_attention": Remat(keep=_ATTENTION, on_host=Fraction(1)),
     "keep_qkv": Remat(keep=(*_ATTENTION, "low_rank", "qkv")),
-    "keep_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS, *_SMALL)),
-    "offload_matmuls": Remat(keep=(*_ATTENTION, "cross_attention", *_MATMULS), on_host=True),
+    "keep_matmuls": Remat(keep=(*_ATTENTION, *_MATMULS, "rotated", *_SMALL)),
+    # More would have to wait for the way to the host.
+    "offload_matmuls": Remat(keep=(*_ATTENTION, *_MATMULS), on_host=Fraction(2, 3)),
 }
 
 
@@ -138,12 +146,14 @@ def _run_streamed(
 ) -> jax.Array:
     """Straight code with a backward pass of our own.
 
-    When a block starts, the fetches of the next one may begin and the sends of the last one but
-    one are over: without such bounds, XLA's scheduler begins fetches so early, and ends sends so
-    late, that memory does not suffice. Only the first fetches of either pass are not bound. To be
-    traced as one: run op by op, it finds nothing to keep.
+    When a block starts, the fetches of the next one may begin and the sends of the third last are
+    over: without such bounds, XLA's scheduler begins fetches so early, and ends sends so late, that
+    memory does not suffice. Only the first fetches of either pass are not bound. Within the bounds
+    it would begin copies only five kernels before they have to be over, so it is told that kernels
+    take no time. To be traced as one: run op by op, this finds nothing to keep.
     """
     last = streamed.num_blocks - 1
+    sends = [remat.sends(index, last + 1) for index in range(last + 1)]
     if remat.keep is not None:
         block = jax.checkpoint(block, policy=_keeps(remat.keep), prevent_cse=False)
 
@@ -178,16 +188,18 @@ def _run_streamed(
                 x, ahead = _together(x, on_host[index + 1])
                 fetched = _fetch(ahead)
             x_out, kept, _ = differentiate(x, layer, (on_device[index], weights), context)
-            saved.append(_send([x, *kept]) if remat.on_host else [x, *kept])
+            saved.append(_send([x, *kept]) if sends[index] else [x, *kept])
             x = x_out
-            if remat.on_host and index > 0:
-                x, saved[-2] = _together(x, saved[-2])
+            due = index - _SEND_BLOCKS
+            if due >= 0 and sends[due]:
+                x, saved[due] = _together(x, saved[due])
         return x, (saved, layers, streamed, context)
 
     def run_backward(residuals: Tree, dx: jax.Array) -> tuple:
         saved, layers, (on_device, on_host), context = residuals
         waiting = [
-            (weights, saved[i] if remat.on_host else []) for i, weights in enumerate(on_host)
+            (weights, values if sent else [])
+            for weights, values, sent in zip(on_host, saved, sends, strict=True)
         ]
         fetched = _fetch(waiting[last])
         dlayers = []
@@ -196,7 +208,7 @@ def _run_streamed(
             if index > 0:
                 dx, ahead = _together(dx, waiting[index - 1])
                 fetched = _fetch(ahead)
-            x_and_kept = values if remat.on_host else saved[index]
+            x_and_kept = values if sends[index] else saved[index]
             # Nor is anything kept for here that the forward pass made of these.
             dx, (x, *kept), layer, here = _together(dx, x_and_kept, layers[index], on_device[index])
             _, _, pull_from = differentiate(x, layer, (here, weights), context)
@@ -204,6 +216,8 @@ def _run_streamed(
             dlayers.append(dlayer)
         return dx, dlayers[::-1], None, None
 
+    in_no_time = set_xla_metadata(latency_metadata="0")
+    run_forward, run_backward = in_no_time(run_forward), in_no_time(run_backward)
     run = jax.custom_vjp(lambda *args: run_forward(*args)[0])
     run.defvjp(run_forward, run_backward)
     return run(x, _unstack(trainable, last + 1), streamed, context)
