@@ -69,6 +69,7 @@ def test_xla_knows_its_flags_and_the_users_win(monkeypatch):
     assert os.environ["XLA_FLAGS"].split() == [
         "--xla_gpu_dot_merger_threshold_mb=16",
         "--xla_gpu_enable_triton_gemm=false",
+        "--xla_disable_hlo_passes=cublas-pad-for-gemms",
         "--xla_gpu_experimental_parallel_async_compute_limit=64",
     ]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 _XLA_FLAGS = {
     "xla_gpu_enable_triton_gemm": "false",
     "xla_gpu_dot_merger_threshold_mb": "0",
+    # It copies bfloat16 matrices that have no multiple of 8 rows, as clips of 8,190 tokens do.
+    "xla_disable_hlo_passes": "cublas-pad-for-gemms",
     # Copies under way at a time: more than two blocks have.
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }
@@ -35,7 +37,8 @@ def claim_gpu() -> None:
     Before the first array is made. JAX would limit itself to three quarters of the memory;
     autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
     XLA would make one of matmuls that share an operand, copying their other operands in every step:
-    weights and gradients; and of copies from or to the host, the third would wait for the first.
+    weights and gradients; it would copy all activations if their rows are no multiple of 8; and of
+    copies from or to the host, the third would wait for the first.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
