@@ -14,7 +14,7 @@ CONFIG, DATASET = CONFIGS / "wan2.2_5b_lora.toml", CONFIGS / "dataset_video.toml
 
 
 DATASETS = sorted(CONFIGS.rglob("dataset*.toml"))
-SMALL_GPUS = {"24gb": ("offload_attention", 0)}
+SMALL_GPUS = {"24gb": ("offload_attention", 0), "12gb": ("offload_attention", 30)}
 
 
 @pytest.mark.parametrize(

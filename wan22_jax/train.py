@@ -26,7 +26,6 @@ from wan22_jax.dataset import open_caches
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
-from wan22_jax.model.remat import POLICIES
 from wan22_jax.model_folder import (
     ModelCard,
     choose_transformer_dtype,
@@ -90,17 +89,6 @@ def train(
     claim_gpu()  # before Orbax reads a checkpoint's meta, which may start JAX's backend
     keep_compiled()
     config = load_config(config_file, overrides)
-    if config.blocks_to_swap and jax.default_backend() == "gpu":
-        raise BadInput(
-            f"{config_file}: blocks_to_swap = {config.blocks_to_swap}: streamed blocks did not "
-            "train as resident ones do when a GPU last measured it (benchmarks/RESULTS.md); use 0"
-        )
-    if POLICIES[config.activation_checkpointing].on_host and jax.default_backend() == "gpu":
-        log.warning(
-            "activation_checkpointing = '%s' has not run on a GPU since its last change: compare a "
-            "few losses with those of true (benchmarks/RESULTS.md)",
-            config.activation_checkpointing,
-        )
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)
     card = read_model_card(model_folder)

@@ -61,14 +61,13 @@ def explain_exhaustion(plan: MemoryPlan, bucket: Bucket | None = None) -> Iterat
 
 # From the setting that costs the least time to the one that costs the most.
 def _next_activations(plan: MemoryPlan) -> list[str]:
-    remat = POLICIES[plan.activation_checkpointing]
-    if remat.on_host:
-        return []
-    value = "'offload_attention'" if remat.keep == () else "true"
-    return [f"set activation_checkpointing = {value}"]
+    on_host = POLICIES[plan.activation_checkpointing].on_host
+    return [] if on_host == 1 else ["set activation_checkpointing = 'offload_attention'"]
 
 
 def _next_weights(plan: MemoryPlan) -> list[str]:
     if plan.dtype != "float8":
         return ["set [model] transformer_dtype = 'float8'"]
+    if plan.blocks_to_swap < plan.num_blocks:
+        return [f"set blocks_to_swap = {plan.num_blocks}"]
     return []
