@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from wan22_jax.model.fused import multiply_add as multiply_then_add
+from wan22_jax.model.matmul import multiply_add as multiply_then_add
 
 ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128  # of a tile; depth of one step
 WARPGROUPS = 2  # that multiply, each its half of the rows
@@ -56,7 +56,7 @@ def multiply_add(
     schedule: Schedule = DEFAULT,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """``fused.multiply_add`` of float8 matrices with an adapter; others are left to it.
+    """``matmul.multiply_add`` of float8 matrices with an adapter; others are left to it.
 
     Beside its arguments it takes the number of multiprocessors and what may be tuned; ``interpret``
     are parameters of Pallas' interpret mode.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from hopper_matmul import DEFAULT, Schedule
 
-from wan22_jax.model import fused, kernels
+from wan22_jax.model import kernels, matmul
 from wan22_jax.model.fp8 import BACKWARD, FORWARD
 from wan22_jax.sharding import claim_gpu
 
@@ -73,7 +73,7 @@ def main() -> None:
         print("| tokens | linear | now us | one kernel us | TFLOP/s | ratio | error | schedule |")
         print("| --- " * 8 + "|")
         for case in (*FORWARD_CASES, *BACKWARD_CASES):
-            now_s = time_calls(case, tokens, fused.multiply_add)
+            now_s = time_calls(case, tokens, matmul.multiply_add)
             best_s, best = min(
                 (time_calls(case, tokens, one_kernel(each)), each) for each in SCHEDULES
             )

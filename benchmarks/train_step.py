@@ -38,7 +38,7 @@ from random_model import (
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket, check_bucket
-from wan22_jax.model import fused
+from wan22_jax.model import linear
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
@@ -61,7 +61,7 @@ def main() -> None:
     if args.one_kernel:
         from hopper_matmul import multiply_add  # needs jax 0.11
 
-        fused.multiply_add = partial(multiply_add, num_cores=jax.local_devices()[0].core_count)
+        linear.multiply_add = partial(multiply_add, num_cores=jax.local_devices()[0].core_count)
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
     config = TINY if args.tiny else TI2V_5B

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from wan22_jax.model import fp8, fused
+from wan22_jax.model import fp8, fused, linear
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale, quantize_weight
-from wan22_jax.model.fused import LinearWeights
+from wan22_jax.model.linear import LinearWeights
 from wan22_jax.model.lora import LowRank, round_low_rank
 
 U, SUM = 2.0**-8, 2.0**-16
@@ -168,11 +168,11 @@ def pull(function, x: jax.Array, weights: LinearWeights, lora: tuple, gradients:
 
 
 def quantised_linear(x: jax.Array, weights: LinearWeights, *, groups: int) -> tuple:
-    return fused.linear(fused.activate(x, is_float8=True), weights, groups=groups)
+    return linear.linear(fused.activate(x, is_float8=True), weights, groups=groups)
 
 
 def gelu_linear(x: jax.Array, weights: LinearWeights) -> tuple[jax.Array, ...]:
-    return fused.linear(fused.Activation(*fused.gelu_twin(x, quantize=True)), weights)
+    return linear.linear(fused.Activation(*fused.gelu_twin(x, quantize=True)), weights)
 
 
 cases = pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_a_feed_forward_is_linear_gelu_and_linear():
         first, second = with_lora(up, up_lora), with_lora(down, down_lora)
         x = fused.activate(x, is_float8=True)
         if chained:
-            return fused.linear_gelu_linear(x, first, second, name="hidden")
-        return gelu_linear(fused.linear(x, first)[0], second)[0]
+            return linear.linear_gelu_linear(x, first, second, name="hidden")
+        return gelu_linear(linear.linear(x, first)[0], second)[0]
 
     outs = []
     for chained in (True, False):
@@ -393,7 +393,8 @@ def test_padding_rows_leak_into_nothing(monkeypatch):
         junk = jnp.full((8, values.shape[1]), jnp.finfo(dtype).max)
         return jnp.concatenate([values, junk]), jnp.concatenate([scale, jnp.full((8,), jnp.nan)])
 
-    monkeypatch.setattr(fused, "_quantize_rows", pad)
+    monkeypatch.setattr(linear, "quantize_rows", pad)
+    monkeypatch.setattr(fused, "quantize_rows", pad)
     got = pull(function, x, weights, lora, gradients)
     assert seen == [FORWARD, BACKWARD]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

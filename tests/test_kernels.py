@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan22_jax.model import fused, kernels
+from wan22_jax.model import fused, kernels, matmul
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
 from wan22_jax.model.rope import rope_tables
 
@@ -153,4 +153,4 @@ def test_scale_add_low_rank(transposed, scaled, rank):
     options = {"num_rows": TOKENS, "columns": slice(WIDTH, 2 * WIDTH), "transposed": transposed}
     got = kernels.scale_add_low_rank(*args, **options, interpret=INTERPRET)
     assert got.shape == (TOKENS, WIDTH)
-    assert_close(got, fused.scale_add_low_rank_twin(*args, **options))
+    assert_close(got, matmul.scale_add_low_rank_twin(*args, **options))

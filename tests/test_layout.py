@@ -17,8 +17,10 @@ LAYERS = [
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels"},
     {"wan22_jax.model.fused"},
+    {"wan22_jax.model.matmul"},
     {"wan22_jax.model.linear"},
-    {"wan22_jax.model.vae_layers", "wan22_jax.model.block_weights"},
+    {"wan22_jax.model.layers"},
+    {"wan22_jax.model.vae_layers", "wan22_jax.model.embeddings", "wan22_jax.model.block_weights"},
     {"wan22_jax.model.transformer", "wan22_jax.model.vae", "wan22_jax.model.umt5"},
     {"wan22_jax.weights", "wan22_jax.text", "wan22_jax.sampling", "wan22_jax.data.picture"},
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"},
@@ -116,6 +118,8 @@ def test_nothing_is_swallowed_or_skipped(path):
 def test_the_main_path_is_six_files():
     assert len(MAIN_PATH) == 6
     assert all((ROOT / path).is_file() for path in MAIN_PATH)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{path.removeprefix('wan22_jax/')}`" in readme for path in MAIN_PATH)
     assert sum(len((ROOT / path).read_text().splitlines()) for path in MAIN_PATH) <= 1500
 
 

@@ -25,10 +25,11 @@ from golden.make_transformer import (
 from safetensors.numpy import save_file
 
 from wan22_jax.adapter import Adapter, attach_adapter, from_comfyui, to_comfyui
+from wan22_jax.model.embeddings import sinusoid
 from wan22_jax.model.fused import add_gated, layer_norm
-from wan22_jax.model.linear import RMSNorm
+from wan22_jax.model.layers import RMSNorm
 from wan22_jax.model.lora import LoRAParam
-from wan22_jax.model.transformer import TransformerConfig, WanTransformer, sinusoid
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.weights import (
     is_stacked,
     keeps_float32,

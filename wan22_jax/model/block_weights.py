@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from wan22_jax.model.fused import LinearWeights
-from wan22_jax.model.linear import Linear
+from wan22_jax.model.layers import Linear
+from wan22_jax.model.linear import LinearWeights
 from wan22_jax.model.lora import LowRank, join_low_rank, round_low_rank
 
 Arrays = Mapping[str, Any]  # by name within a block; of JAX, or of NumPy until they are placed

@@ -2,7 +2,8 @@
 
 XLA splits these chains at every row reduction and reads the activations again for each part. Here
 a program holds one row (a token) in registers. Every function has a plain JAX twin of the same
-arguments in ``fused.py`` and is tested against it; ``interpret`` runs it without a GPU.
+arguments in ``fused.py`` or ``matmul.py`` and is tested against it; ``interpret`` runs it without a
+GPU.
 Written in Pallas for Triton: rows are independent, so there is nothing to schedule by hand.
 """
 
@@ -299,7 +300,7 @@ def scale_add_low_rank(
     transposed: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``fused.scale_add_low_rank_twin``."""
+    """See ``matmul.scale_add_low_rank_twin``."""
     width = columns.stop - columns.start
     tile = min(_TILE_COLUMNS, _vector(width))
     first, group = columns.start // tile, columns.start // width

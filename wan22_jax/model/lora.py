@@ -49,5 +49,5 @@ def join_low_rank(parts: Sequence[LowRank | None]) -> LowRank | None:
 
 
 def round_low_rank(trained: LowRank | None, dtype: DTypeLike) -> LowRank | None:
-    """Casts what an adapter adds; the gradient is taken for the trained one, see ``fused``."""
+    """Casts what an adapter adds; the gradient is taken for the trained one, see ``linear``."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), jax.lax.stop_gradient(trained))

@@ -26,25 +26,18 @@ from wan22_jax.model.block_weights import (
     join_linears,
     named_arrays,
 )
+from wan22_jax.model.embeddings import PatchEmbedding, sinusoid
 from wan22_jax.model.fused import (
     Activation,
-    LinearWeights,
     Rope,
     activate,
     add_gated,
     layer_norm,
-    linear,
-    linear_gelu_linear,
     norm_rope,
     residual_norm,
 )
-from wan22_jax.model.linear import (
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    along_last,
-    stack_layers,
-)
+from wan22_jax.model.layers import LayerNorm, Linear, RMSNorm, stack_layers
+from wan22_jax.model.linear import LinearWeights, linear, linear_gelu_linear
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, Streamed, run_blocks
 from wan22_jax.model.rope import rope_tables
@@ -84,7 +77,9 @@ class WanTransformer(nnx.Module):
         if config.patch_size[0] != 1:
             raise ValueError(f"patch_size {config.patch_size}: one latent frame a token expected")
         self.config = config
-        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, dim, patch_size=config.patch_size, rngs=rngs
+        )
         self.text_embedding = nnx.Dict(
             {"0": Linear(config.text_dim, dim, rngs=rngs), "2": Linear(dim, dim, rngs=rngs)}
         )
@@ -183,32 +178,6 @@ class WanTransformer(nnx.Module):
         time_BTD = self.time_embedding["2"](jax.nn.silu(self.time_embedding["0"](wave_BTF)))
         time_BT6D = self.time_projection["1"](jax.nn.silu(time_BTD))
         return time_BTD, time_BT6D.reshape(*sigma_BT.shape, 6, self.config.dim)
-
-
-class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel, written as one matmul."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        shape = (config.dim, config.in_channels, *config.patch_size)
-        bound = np.sqrt(6 / (config.dim + np.prod(shape[1:])))
-        self.weight = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        )
-        self.bias = nnx.Param(jnp.zeros((config.dim,)))
-
-    def __call__(self, latents_BTYXC: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
-        """Returns tokens [B, L, D] and their grid (frames, rows, columns)."""
-        B, T, Y, X, C = latents_BTYXC.shape
-        dim, _, _, rows, columns = self.weight.shape
-        if Y % rows or X % columns:
-            raise ValueError(f"latent rows {Y} and columns {X} must be multiples of {rows}")
-        grid_TYX = (T, Y // rows, X // columns)
-        cells = latents_BTYXC.reshape(B, T, Y // rows, rows, X // columns, columns, C)
-        cells = cells.transpose(0, 1, 2, 4, 6, 3, 5)  # channel, row and column of the cell last
-        flat_BLP = cells.reshape(B, int(np.prod(grid_TYX)), C * rows * columns)
-        weight_DP = self.weight[...].reshape(dim, -1).astype(flat_BLP.dtype)
-        x_BLD = jnp.dot(flat_BLP, weight_DP.T, precision=jax.lax.Precision.HIGHEST)
-        return x_BLD + along_last(self.bias[...], x_BLD), grid_TYX
 
 
 class Block(nnx.Module):
@@ -345,36 +314,8 @@ class Head(nnx.Module):
         return cells.reshape(B, T, Y * rows, X * columns, self.config.out_channels)
 
 
-def sinusoid(timestep_BT: Float[Array, "B T"], freq_dim: int) -> Float[Array, "B T F"]:
-    """Embeds timesteps in 0..1000: cosines first, then sines, frequency 10000^(-2k / freq_dim).
-
-    The original takes the angle in float64. Here the turns are reduced to [-1/2, 1/2] from exact
-    float32 partial products, so that an angle of a thousand radians keeps 1e-6.
-    """
-    half = freq_dim // 2
-    turns = 10000.0 ** (-np.arange(half) / half) / (2 * np.pi)
-    turn_BTF = jnp.zeros((*timestep_BT.shape, half))
-    coarse_BT = jnp.round(timestep_BT)  # <= 1000, so 10 bits: its products below are exact
-    fine_BT = timestep_BT - coarse_BT
-    rest = turns
-    for _ in range(3):
-        part = _keep_bits(rest, 12)
-        rest = rest - part
-        product_BTF = coarse_BT[..., None] * jnp.asarray(part, jnp.float32)[None, None]
-        turn_BTF += product_BTF - jnp.round(product_BTF)
-    turn_BTF += fine_BT[..., None] * jnp.asarray(turns, jnp.float32)[None, None]
-    angle_BTF = 2 * np.pi * (turn_BTF - jnp.round(turn_BTF))
-    return jnp.concatenate([jnp.cos(angle_BTF), jnp.sin(angle_BTF)], axis=-1)
-
-
 def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
     """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
     B, T, D = shift_BTD.shape
     x_BTPD = x_BLD.reshape(B, T, -1, D) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
     return x_BTPD.reshape(x_BLD.shape)
-
-
-def _keep_bits(value: np.ndarray, bits: int) -> np.ndarray:
-    """Rounds float64 to a mantissa of so many bits."""
-    mantissa, exponent = np.frexp(value)
-    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)

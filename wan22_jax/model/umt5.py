@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from wan22_jax.model.linear import Linear, RMSNorm, stack_layers
+from wan22_jax.model.layers import Linear, RMSNorm, stack_layers
 
 NUM_BUCKETS = 32  # rows of a position table: 16 distances to the left, 16 to the right (umT5)
 EPS = 1e-6  # of every norm (umT5 config, layer_norm_epsilon)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wan22_jax.model.attention import attend
-from wan22_jax.model.linear import along_last
+from wan22_jax.model.layers import along_last
 
 
 class History:
