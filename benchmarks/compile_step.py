@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +29,7 @@ from random_model import add_lora, add_step_arguments, build_step, make_model, p
 from train_step import make_adamw, make_batch
 
 from wan22_jax.geometry import Bucket, check_bucket
-from wan22_jax.model import fp8, linear
+from wan22_jax.model import fp8, hopper_matmul
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
@@ -156,17 +155,11 @@ def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
         graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
     )
     start = time.perf_counter()
-    multiply_add = linear.multiply_add
-    if args.one_kernel:
-        import hopper_matmul  # needs jax 0.11
-
-        num_cores = h100.devices[0].core_count
-        multiply_add = partial(hopper_matmul.multiply_add, num_cores=num_cores)
     with (
-        mock.patch.object(linear, "multiply_add", multiply_add),
         # What the package asks to choose its kernels.
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(fp8, "has_float8_matmul", return_value=True),
+        mock.patch.object(hopper_matmul, "count_cores", return_value=h100.devices[0].core_count),
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     ):
         lowered = step.lower(*arguments)
@@ -214,7 +207,7 @@ def _describe_call(line: str) -> tuple[str, str]:
     target = re.search(r'custom_call_target="([^"]+)"', line)
     assert target is not None, line
     kind = next((KINDS[start] for start in KINDS if target[1].startswith(start)), "other call")
-    kernel = re.search(r"(\w+)\)*/pallas_call", line)
+    kernel = re.search(r"(\w+)\)*/(?:pallas_call|mpmd_map)", line)
     return kind, kernel[1] if kernel else target[1]
 
 

@@ -155,7 +155,6 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blocks_to_swap", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
-    parser.add_argument("--one_kernel", action="store_true", help="try hopper_matmul.py; an H100")
 
 
 def read_policy(text: str) -> bool | str:

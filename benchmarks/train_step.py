@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import flax
@@ -38,7 +37,6 @@ from random_model import (
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket, check_bucket
-from wan22_jax.model import linear
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
@@ -58,10 +56,6 @@ def main() -> None:
         module = "--xla_dump_hlo_module_re=.*train_step.*"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump} {module}".strip()
     jax.config.update("jax_compilation_cache_dir", args.cache)  # None: the first step is cold
-    if args.one_kernel:
-        from hopper_matmul import multiply_add  # needs jax 0.11
-
-        linear.multiply_add = partial(multiply_add, num_cores=jax.local_devices()[0].core_count)
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
     config = TINY if args.tiny else TI2V_5B
@@ -129,7 +123,6 @@ def main() -> None:
         "dtype": args.dtype,
         "activation_checkpointing": args.activation_checkpointing,
         "blocks_to_swap": args.blocks_to_swap,
-        "one_kernel": args.one_kernel,
         "step_s": round(step_s, 4),
         "step_s_all": [round(value, 4) for value in seconds],
         "first_s": round(first_s, 1),

@@ -43,7 +43,7 @@ def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
-def test_the_one_kernel_matmul_is_right():
+def test_the_matmul_for_hopper_is_right():
     words = [sys.executable, str(BENCHMARKS / "time_matmul.py"), "--interpret"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]),
@@ -119,6 +119,7 @@ def test_kernel_names_are_grouped_and_classed():
     classes = {
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3": "attention",
         "nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNN": "matmul",
+        "matmul_add_mosaic_gpu_kernel": "matmul",
         "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128_cublas": "matmul",
         "MemcpyH2D": "copies to, from and on the device",
         "input_transpose_fusion_2": "transpose, slice, copy",
@@ -167,6 +168,8 @@ def test_kernels_are_counted_as_often_as_they_run():
   %fusion-done.4 = f32[1]{0} fusion-done(%fusion-start.4)
   %gemm.2 = (bf16[8]{0}, s8[64]{0}) custom-call(%x), custom_call_target="__cublas$lt$matmul$f8"
   %attention.3 = (bf16[8]{0}, u8[0]{0}) custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax"
+  %mpmd_map.4 = bf16[8]{0} custom-call(%x), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(train_step)/jvp(jit(multiply_add))/matmul_add/mpmd_map"}
   ROOT %tuple.1 = (s32[], bf16[8]{0}) tuple(%i, %y)
 }
 
@@ -195,6 +198,7 @@ backend_config={"known_trip_count":{"n":"30"}}
         ("fusion", "fusion-start"): 30,
         ("cuBLAS, float8", "__cublas$lt$matmul$f8"): 30,
         ("cuDNN", "__cudnn$fmhaSoftmax"): 30,
+        ("Mosaic GPU", "matmul_add"): 30,
     }
     lines = [line.split(maxsplit=1) for line in compile_step.format_counts(counts).splitlines()]
     assert lines[:3] == [["31", "fusion"], ["30", "fusion-start"], ["1", "loop_add_fusion"]]

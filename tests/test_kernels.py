@@ -1,11 +1,17 @@
-"""Each GPU kernel against its plain JAX twin; in interpret mode where there is no GPU."""
+"""Each GPU kernel against its plain JAX twin; in interpret mode where there is no GPU.
+
+But for the matmul for Hopper, which ``test_benchmarks.py`` checks: its interpreter needs a process
+of its own.
+"""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan22_jax.model import fused, kernels, matmul
+from wan22_jax.model import fused, hopper_matmul, kernels, matmul
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale
 from wan22_jax.model.rope import rope_tables
 
@@ -154,3 +160,111 @@ def test_scale_add_low_rank(transposed, scaled, rank):
     got = kernels.scale_add_low_rank(*args, **options, interpret=INTERPRET)
     assert got.shape == (TOKENS, WIDTH)
     assert_close(got, matmul.scale_add_low_rank_twin(*args, **options))
+
+
+CORES = 4
+MATMUL = {"rows": 192, "num_in": 256, "num_out": 512, "groups": 1, "rank": 16}
+
+
+def draw_matmul(*, rows: int, num_in: int, num_out: int, groups: int, rank: int) -> tuple:
+    """The arguments of ``multiply_add`` with float8 matrices."""
+    scale = jnp.asarray([0.25, 2.0, 1.0])[:groups]
+    highs = (
+        tuple(draw(num_out // groups, rank, seed=seed) for seed in range(groups)) if rank else ()
+    )
+    return (
+        draw(rows, num_in).astype(FORWARD),
+        draw(num_out, num_in, seed=1).astype(FORWARD),
+        power_of_two_scale(jnp.abs(draw(rows, seed=2, dtype=jnp.float32)), FORWARD),
+        scale,
+        draw(num_out, seed=3),
+        draw(rows, groups * rank, seed=4) if rank else None,
+        highs or (None,) * groups,
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "platform", "cores"),
+    [
+        ("9.0", (0, 11, 2), "gpu", 132),
+        ("9.0", (0, 11, 0), "gpu", 132),
+        ("9.0", (0, 10, 2), "gpu", 0),
+        ("10.0", (0, 11, 2), "gpu", 0),
+        ("8.9", (0, 11, 2), "gpu", 0),
+        (None, (0, 11, 2), "cpu", 0),
+    ],
+)
+def test_hopper_is_known_by_its_capability(capability, version, platform, cores, monkeypatch):
+    has = {} if capability is None else {"compute_capability": capability, "core_count": 132}
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(**has)])
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert hopper_matmul.count_cores.__wrapped__(platform) == cores
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"groups": 2}, True),
+        ({"groups": 3, "num_out": 768, "rank": 96}, True),
+        ({"rows": 128}, False),  # two tiles for four multiprocessors
+        ({"rows": 144}, True),
+        ({"num_out": 640, "rows": 512}, False),
+        ({"groups": 2, "num_out": 768}, False),
+        ({"num_in": 192}, False),
+        ({"rank": 8}, False),
+        ({"rank": 0}, False),
+    ],
+)
+def test_one_kernel_is_taken_for_the_shapes_that_it_fits(change, is_taken, monkeypatch):
+    calls = []
+
+    def multiply_add(*args, **options):
+        calls.append(options)
+        return matmul.multiply_then_add(*args, num_rows=options["num_rows"], transposed=True)
+
+    monkeypatch.setattr(hopper_matmul, "multiply_add", multiply_add)
+    sizes = MATMUL | change
+    args, options = draw_matmul(**sizes), {"num_rows": sizes["rows"], "transposed": True}
+    expected = matmul.multiply_add(*args, **options)
+    assert not calls  # on this machine
+    monkeypatch.setattr(hopper_matmul, "count_cores", lambda _: CORES)
+    got = matmul.multiply_add(*args, **options)
+    assert calls == [options | {"num_cores": CORES}] * is_taken
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_other_types_are_left_to_two_kernels(dtype, monkeypatch):
+    monkeypatch.setattr(hopper_matmul, "count_cores", lambda _: CORES)
+    monkeypatch.setattr(hopper_matmul, "multiply_add", None)
+    x, weight, row_scale, scale, bias, low, highs = draw_matmul(**MATMUL)
+    options = {"num_rows": x.shape[0], "transposed": True}
+    wide = x.astype(dtype), weight.astype(dtype), None, None, bias, low.astype(dtype), highs
+    assert matmul.multiply_add(*wide, **options)[0].dtype == dtype
+    low = low.astype(jnp.float32)  # the adapter of a model in float32
+    assert matmul.multiply_add(x, weight, row_scale, scale, bias, low, highs, **options)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is written for jax 0.11")
+def test_calls_of_the_same_shapes_share_one_kernel(monkeypatch):
+    monkeypatch.setattr(hopper_matmul, "count_cores", lambda _: CORES)
+    same, other = draw_matmul(**MATMUL), draw_matmul(**MATMUL | {"num_in": 384})
+
+    @jax.checkpoint
+    def block(*args):
+        (out,) = matmul.multiply_add(*args, num_rows=MATMUL["rows"], transposed=True)
+        return out.sum()
+
+    program = jax.make_jaxpr(lambda *each: [block(*args) for args in each])(same, same, other)
+    blocks = [each.params["jaxpr"] for each in program.eqns if "policy" in each.params]
+    calls = [
+        each.params["jaxpr"]
+        for block in blocks
+        for each in block.eqns
+        if each.params.get("name") == "multiply_add"
+    ]
+    assert len(calls) == 3
+    assert calls[0] is calls[1]
+    assert calls[0] is not calls[2]

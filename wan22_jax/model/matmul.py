@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from wan22_jax.model import kernels
+from wan22_jax.model import hopper_matmul, kernels
 from wan22_jax.model.fp8 import float8_matmul, is_float8
 from wan22_jax.model.fused import has_kernels
 
@@ -25,6 +25,9 @@ def multiply_add(
 ) -> tuple[jax.Array, ...]:
     """Returns x W^T * row_scale * scale + bias + low high(^T): columns of O / G for each high.
 
+    On Hopper one kernel computes all of it where it can, elsewhere two: the matmul's result is
+    rounded in between.
+
     Args:
         x_NI: both this and the weight are float8, or neither is. Rows after ``num_rows`` and their
             scales may hold anything.
@@ -37,6 +40,36 @@ def multiply_add(
         num_rows: of the result.
         transposed: whether the highs are.
     """
+    num_cores = hopper_matmul.count_cores(jax.default_backend())
+    if num_cores and hopper_matmul.fits(
+        x_NI, weight_OI, low_NR, groups=len(highs), num_cores=num_cores
+    ):
+        return hopper_matmul.multiply_add(
+            *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
+            num_rows=num_rows,
+            transposed=transposed,
+            num_cores=num_cores,
+        )
+    return multiply_then_add(
+        *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
+        num_rows=num_rows,
+        transposed=transposed,
+    )
+
+
+def multiply_then_add(
+    x_NI: jax.Array,
+    weight_OI: jax.Array,
+    row_scale_N: jax.Array | None,
+    scale_G: jax.Array | None,
+    bias_O: jax.Array | None,
+    low_NR: jax.Array | None,
+    highs: Sequence[jax.Array | None],
+    *,
+    num_rows: int,
+    transposed: bool,
+) -> tuple[jax.Array, ...]:
+    """``multiply_add`` in two kernels."""
     if is_float8(weight_OI.dtype):
         raw_NO = float8_matmul(x_NI, weight_OI)
     else:

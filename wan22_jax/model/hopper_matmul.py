@@ -1,18 +1,17 @@
-"""A float8 matmul that adds scales, bias and the adapter before it writes: a candidate for Hopper.
+"""A float8 matmul that adds scales, bias and the adapter before it writes: on Hopper, one kernel.
 
-Today cuBLAS writes x W^T and ``scale_add_low_rank`` reads it, scales it, adds bias and low B^T and
-writes it again: 145 of 2,690 ms at 27,280 tokens, 10 of 100 at 2,304 (RESULTS.md). Here one Mosaic
-GPU kernel does both: the adapter's product is one more step of the sum in the same accumulators.
+Elsewhere cuBLAS writes x W^T and ``scale_add_low_rank`` reads it, scales it, adds bias and low B^T
+and writes it again. Here the adapter's product is one more step of the sum in the accumulators.
 
 A block (two warpgroups that multiply, one that loads) makes tiles of 128 rows and 256 columns, one
 after another; the loads of the next tile go on while this one is finished. Two neighbouring blocks
 share each tile of the weight, so that level 2 cache is read a third less.
 
-``time_matmul.py`` measures it, and checks it on a CPU. It needs jax 0.11 and a GPU of compute
-capability 9.0. It has not run on one yet; compiled for one it does not spill (168 registers), and
-the four multiplications of a step follow each other at once.
+Written in Pallas for Mosaic GPU, whose kernels take a second or two to compile: calls of the same
+shapes share one. ``benchmarks/time_matmul.py`` measures it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-
-from wan22_jax.model.matmul import multiply_add as multiply_then_add
 
 ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128  # of a tile; depth of one step
 WARPGROUPS = 2  # that multiply, each its half of the rows
@@ -41,14 +38,47 @@ class Schedule(NamedTuple):
 DEFAULT = Schedule()
 
 
+@functools.cache
+def count_cores(platform: str) -> int:
+    """The multiprocessors of the first device, 0 where this kernel does not run."""
+    device = jax.local_devices()[0]
+    is_hopper = platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+    return device.core_count if is_hopper and jax.__version_info__ >= (0, 11) else 0
+
+
+def fits(
+    x_NI: jax.Array,
+    weight_OI: jax.Array,
+    low_NR: jax.Array | None,
+    *,
+    groups: int,
+    num_cores: int,
+) -> bool:
+    """Whether ``multiply_add`` takes these, and makes a tile for each multiprocessor at least.
+
+    With fewer tiles, smaller ones are better, which cuBLAS has.
+    """
+    num_out, depth = weight_OI.shape
+    if low_NR is None or low_NR.dtype != jnp.bfloat16:
+        return False
+    is_float8 = x_NI.dtype.itemsize == weight_OI.dtype.itemsize == 1
+    is_whole = num_out // groups % COLUMNS == 0 and depth % DEPTH_BYTES == 0
+    is_deep = low_NR.shape[1] // groups % 16 == 0
+    num_tiles = pl.cdiv(x_NI.shape[0], ROWS) * num_out // COLUMNS
+    return is_float8 and is_whole and is_deep and num_tiles >= num_cores
+
+
+@functools.partial(
+    jax.jit, static_argnames=("num_rows", "transposed", "num_cores", "schedule", "interpret")
+)
 def multiply_add(
     x_NI: jax.Array,
     weight_OI: jax.Array,
-    row_scale_N: jax.Array | None,
+    row_scale_N: jax.Array,
     scale_G: jax.Array | None,
     bias_O: jax.Array | None,
-    low_NR: jax.Array | None,
-    highs: Sequence[jax.Array | None],
+    low_NR: jax.Array,
+    highs: Sequence[jax.Array],
     *,
     num_rows: int,
     transposed: bool,
@@ -56,22 +86,27 @@ def multiply_add(
     schedule: Schedule = DEFAULT,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """``matmul.multiply_add`` of float8 matrices with an adapter; others are left to it.
+    """See ``matmul.multiply_add``, for what ``fits``.
 
-    Beside its arguments it takes the number of multiprocessors and what may be tuned; ``interpret``
-    are parameters of Pallas' interpret mode.
+    Jitted so that calls of the same shapes are traced, lowered and compiled once.
+
+    Args:
+        x_NI: float8, as the weight.
+        weight_OI: see there, as the rest.
+        row_scale_N: powers of two.
+        scale_G: powers of two.
+        bias_O: bfloat16, as all that follows.
+        low_NR: see there.
+        highs: see there.
+        num_rows: see there.
+        transposed: see there.
+        num_cores: multiprocessors of the device.
+        schedule: what may be tuned.
+        interpret: parameters of Pallas' interpret mode.
     """
     groups = len(highs)
     width, depth = weight_OI.shape[0] // groups, weight_OI.shape[1]
-    rank = 0 if low_NR is None else low_NR.shape[1] // groups
-    if x_NI.dtype.itemsize > 1 or width % COLUMNS or depth % DEPTH_BYTES or not rank or rank % 16:
-        return multiply_then_add(
-            *(x_NI, weight_OI, row_scale_N, scale_G, bias_O, low_NR, highs),
-            num_rows=num_rows,
-            transposed=transposed,
-        )
-    assert low_NR is not None
-    assert row_scale_N is not None
+    rank = low_NR.shape[1] // groups
     # Tiles are loaded eight rows at a time: rows are padded as those of x.
     low_NR = jnp.pad(low_NR, ((0, x_NI.shape[0] - num_rows), (0, 0)))
     stages, cluster, band = schedule
@@ -115,7 +150,7 @@ def multiply_add(
         "extras_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
 
-    def kernel(*refs: Any, x_smem: Any, w_smem: Any, **scratch: Any) -> None:
+    def matmul_add(*refs: Any, x_smem: Any, w_smem: Any, **scratch: Any) -> None:
         inputs = dict(zip(given, refs, strict=False))
         high_refs, outputs = refs[len(given) : -groups], refs[-groups:]
         (x_smem, low_smem), (w_smem, high_smem) = x_smem, w_smem
@@ -137,7 +172,7 @@ def multiply_add(
         @pl.when(warpgroup == WARPGROUPS)
         def _load() -> None:
             plgpu.set_max_registers(40, action="decrease")
-            share = {"collective_axes": ("block",)} if cluster > 1 else {}
+            share: dict[str, Any] = {"collective_axes": ("block",)} if cluster > 1 else {}
 
             def wait_for(slot: jax.Array, count: jax.Array) -> None:
                 @pl.when(count >= stages)
@@ -249,7 +284,7 @@ def multiply_add(
                     plgpu.barrier_arrive(free.at[slot_of(last)])
                     return sum_ref[...]
 
-                sums = pl.run_scoped(multiply, plgpu.ACC((height, COLUMNS), jnp.float32))
+                sums = pl.run_scoped(multiply, _accumulators((height, COLUMNS)))
                 sums = sums * read_scale(sums.shape)
 
                 def store(start: int) -> None:
@@ -279,7 +314,7 @@ def multiply_add(
             plgpu.wait_smem_to_gmem(0)
 
     outs = plgpu.kernel(
-        kernel,
+        matmul_add,
         out_type=[jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16)] * groups,
         scratch_types=scratch,
         grid=(num_clusters,),
@@ -299,6 +334,10 @@ def _swizzled(width: int, dtype: DTypeLike) -> tuple:
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
+def _accumulators(shape: tuple[int, int]) -> Any:
+    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _barrier(cluster: int, **options: Any) -> Any:
     if cluster == 1:
         return plgpu.Barrier(num_arrivals=WARPGROUPS, **options)
@@ -306,4 +345,5 @@ def _barrier(cluster: int, **options: Any) -> Any:
 
 
 def _read(ref: Any, layout: Any) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False)
+    # In jax 0.10, for which this is not, it has another signature.
+    return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
