@@ -103,23 +103,22 @@ def main() -> None:
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="num_weights")
 def draw(case: Case, tokens: int, *, num_weights: int = 1) -> tuple[list[Any], list[jax.Array]]:
     """Draws (x, row_scale, scale, bias, low, high) and weights; rows are padded as in a step."""
-    seed = jax.random.key(0, impl="unsafe_rbg")  # whose programs compile fast
-    key = iter(jax.random.split(seed, 8 + num_weights))
+    key = iter(jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 5))
+
+    def numbers(*shape: int) -> jax.Array:  # this and the generator compile fast
+        return jax.random.uniform(next(key), shape, minval=-2.0, maxval=2.0)
+
     padded = -(-tokens // kernels.ROWS) * kernels.ROWS
     total = case.rank * case.groups
-    dtype = FORWARD if case.forward else BACKWARD
-    x = jax.random.normal(next(key), (padded, case.num_in)).astype(dtype)
-    row_scale = 2.0 ** jax.random.randint(next(key), (padded,), -3, 3).astype(jnp.float32)
-    scale = 2.0 ** jax.random.randint(next(key), (case.groups,), -3, 3).astype(jnp.float32)
-    bias = jax.random.normal(next(key), (case.num_out,), jnp.bfloat16)
-    low = jax.random.normal(next(key), (tokens, total), jnp.bfloat16)
+    x = numbers(padded, case.num_in).astype(FORWARD if case.forward else BACKWARD)
+    row_scale, scale = (2.0 ** (jnp.arange(n) * 5 % 6 - 3) for n in (padded, case.groups))
+    bias = numbers(case.num_out).astype(jnp.bfloat16)
+    low = numbers(tokens, total).astype(jnp.bfloat16)
     shape = (case.num_out, case.rank) if case.forward else (total, case.num_out)
-    high = jax.random.normal(next(key), shape, jnp.bfloat16)
-    weight_shape = (case.num_out, case.num_in)
-    weight_shape = weight_shape if case.forward else weight_shape[::-1]
-    weights = [
-        jax.random.normal(next(key), weight_shape).astype(FORWARD) for _ in range(num_weights)
-    ]
+    high = numbers(*shape).astype(jnp.bfloat16)
+    shape = (case.num_out, case.num_in) if case.forward else (case.num_in, case.num_out)
+    weight = numbers(*shape).astype(FORWARD)
+    weights = [jnp.roll(weight, number, axis=0) for number in range(num_weights)]
     ends = [scale, bias] if case.forward else [None, None]
     return [x, row_scale, *ends, low, high], weights
 
