@@ -63,9 +63,9 @@ def fits(
         return False
     is_float8 = x_NI.dtype.itemsize == weight_OI.dtype.itemsize == 1
     is_whole = num_out // groups % COLUMNS == 0 and depth % DEPTH_BYTES == 0
-    is_deep = low_NR.shape[1] // groups % 16 == 0
+    rank = low_NR.shape[1] // groups
     num_tiles = pl.cdiv(x_NI.shape[0], ROWS) * num_out // COLUMNS
-    return is_float8 and is_whole and is_deep and num_tiles >= num_cores
+    return is_float8 and is_whole and rank > 0 and rank % 16 == 0 and num_tiles >= num_cores
 
 
 @functools.partial(
@@ -86,23 +86,11 @@ def multiply_add(
     schedule: Schedule = DEFAULT,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """See ``matmul.multiply_add``, for what ``fits``.
+    """See ``matmul.multiply_add``, for what ``fits``; scales are powers of two.
 
-    Jitted so that calls of the same shapes are traced, lowered and compiled once.
-
-    Args:
-        x_NI: float8, as the weight.
-        weight_OI: see there, as the rest.
-        row_scale_N: powers of two.
-        scale_G: powers of two.
-        bias_O: bfloat16, as all that follows.
-        low_NR: see there.
-        highs: see there.
-        num_rows: see there.
-        transposed: see there.
-        num_cores: multiprocessors of the device.
-        schedule: what may be tuned.
-        interpret: parameters of Pallas' interpret mode.
+    Jitted so that calls of the same shapes are traced, lowered and compiled once. Beside the
+    arguments of that it takes the number of multiprocessors and what may be tuned; ``interpret``
+    are parameters of Pallas' interpret mode.
     """
     groups = len(highs)
     width, depth = weight_OI.shape[0] // groups, weight_OI.shape[1]
