@@ -103,7 +103,7 @@ def _residual_norm_backward(static: tuple, saved: tuple, grads: tuple) -> tuple:
     # Not computed in LoRA training, where nothing asks for them.
     twin = partial(residual_norm_twin, (*static[:2], False), *args[:2])
     _, pull = jax.vjp(twin, *args[2:])
-    return (dx[0], dx[1] if len(dx) > 1 else None, *pull(grads[:2]))
+    return (dx[0], dx[1] if branch_ND is not None else None, *pull(grads[:2]))
 
 
 _residual_norm.defvjp(_residual_norm_forward, _residual_norm_backward)

@@ -92,9 +92,13 @@ def residual_norm_backward(
     dtype: DTypeLike | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """The gradient of ``fused.residual_norm_twin``; ``dtype`` is the branch's, None without one."""
+    """The gradient of ``fused.residual_norm_twin``; ``dtype`` is the branch's, None without one.
+
+    That of a branch in x's dtype and without a gate is that of x.
+    """
     N, D = x_ND.shape
-    has_dx, has_gate, has_branch = dx_ND is not None, gate_MD is not None, dtype is not None
+    has_dx, has_gate = dx_ND is not None, gate_MD is not None
+    has_branch = dtype is not None and (has_gate or dtype != x_ND.dtype)
 
     def kernel(*arguments: Any) -> None:
         refs = list(arguments)
@@ -122,11 +126,12 @@ def residual_norm_backward(
     per_row = [array for array in (x_ND, dy_ND, dx_ND) if array is not None]
     tables = [table for table in (gate_MD, weight_MD) if table is not None]
     outs: list[tuple[DTypeLike, int]] = [(x_ND.dtype, D)]
-    if dtype is not None:
+    if has_branch and dtype is not None:
         outs.append((dtype, D))
-    return _call_by_row(
+    dx = _call_by_row(
         kernel, N, per_row, tables, outs, name="residual_norm_backward", interpret=interpret
     )
+    return dx if dtype is None else (dx[0], dx[-1])
 
 
 def norm_rope(
@@ -282,6 +287,7 @@ def gelu_backward(
         tables,
         outs,
         in_place=2,
+        num_warps=16,
         name="gelu_backward",
         interpret=interpret,
     )
@@ -379,6 +385,7 @@ def _call_by_row(
     *,
     cycled: Sequence[jax.Array] = (),
     in_place: int = 0,
+    num_warps: int | None = None,
     name: str,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
@@ -407,7 +414,7 @@ def _call_by_row(
             length = padded if dtype in (FORWARD, BACKWARD) else num_rows
             shapes.append(jax.ShapeDtypeStruct((length, width), dtype))
             out_specs.append(pl.BlockSpec((None, width), lambda i: (i, 0)))
-    num_warps = 8 if max(width for _, width in outs) > 4096 else 4
+    num_warps = num_warps or (8 if max(width for _, width in outs) > 4096 else 4)
     results = pl.pallas_call(
         kernel,
         out_shape=shapes,

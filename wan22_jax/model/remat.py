@@ -19,9 +19,9 @@ Tree = Any  # of arrays
 Block = Callable[[jax.Array, Tree, Tree, Tree], jax.Array]
 
 _ATTENTION = ("attention",)
-_MATMULS = ("cross_attention", "low_rank", "qkv", "o", "cross_q", "cross_o", "ffn_in")
-_SMALL = ("modulation", "cross_kv")
-_SEND_BLOCKS = 2  # blocks that run while what one of them keeps is sent to the host
+_QKV = (*_ATTENTION, "low_rank", "qkv")
+_MATMULS = (*_QKV, "o", "cross_q", "ffn_in", "cross_kv", "modulation")
+_SEND_BLOCKS = 3  # blocks that run while what one of them keeps is sent to the host
 _FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"  # cuDNN's: output and softmax statistics
 
 
@@ -36,8 +36,8 @@ class Remat:
     on_host: Fraction = Fraction(0)  # of the blocks; their input and what is kept go to the host
 
     def sends(self, index: int, count: int) -> bool:
-        """Whether block ``index`` of so many is one of them; the last is needed again at once."""
-        return index < count - 1 and (index + 1) * self.on_host // 1 > index * self.on_host // 1
+        """Whether block ``index`` of so many is one; the last two are needed again too soon."""
+        return index < count - 2 and (index + 1) * self.on_host // 1 > index * self.on_host // 1
 
 
 # By the value of the config's ``activation_checkpointing``.
@@ -47,10 +47,10 @@ POLICIES: dict[bool | str, Remat] = {
     "unsloth": Remat(keep=(), on_host=Fraction(1)),
     "keep_attention": Remat(keep=_ATTENTION),
     "offload_attention": Remat(keep=_ATTENTION, on_host=Fraction(1)),
-    "keep_qkv": Remat(keep=(*_ATTENTION, "low_rank", "qkv")),
-    "keep_matmuls": Remat(keep=(*_ATTENTION, *_MATMULS, "rotated", *_SMALL)),
-    # More would have to wait for the way to the host.
-    "offload_matmuls": Remat(keep=(*_ATTENTION, *_MATMULS), on_host=Fraction(2, 3)),
+    "keep_qkv": Remat(keep=_QKV),
+    "keep_matmuls": Remat(keep=(*_MATMULS, "rotated", "cross_attention", "cross_o")),
+    # As much as is on its way to the host while the forward pass of a long clip computes.
+    "offload_matmuls": Remat(keep=_MATMULS, on_host=Fraction(3, 5)),
 }
 
 
@@ -146,7 +146,7 @@ def _run_streamed(
 ) -> jax.Array:
     """Straight code with a backward pass of our own.
 
-    When a block starts, the fetches of the next one may begin and the sends of the third last are
+    When a block starts, the fetches of the next one may begin and the sends of the fourth last are
     over: without such bounds, XLA's scheduler begins fetches so early, and ends sends so late, that
     memory does not suffice. Only the first fetches of either pass are not bound. Within the bounds
     it would begin copies only five kernels before they have to be over, so it is told that kernels
