@@ -208,7 +208,7 @@ def test_a_child_that_fails_or_hangs_is_a_row(tmp_path):
     def run(text: str, timeout_s: float) -> compare.Row:
         program = tmp_path / "program.py"
         program.write_text(text)
-        args = argparse.Namespace(steps=1, tiny=False, timeout_s=timeout_s)
+        args = argparse.Namespace(steps=1, tiny=False, cold=False, timeout_s=timeout_s)
         return compare.measure(compare.Run("2304/float8", str(program), ()), args)
 
     assert run("print('RESULT {\"step_s\": 2}')", 60)["step_s"] == 2
@@ -229,7 +229,7 @@ print("RESULT", json.dumps(found | {"step_s": 2.0, "steps": sys.argv[2]}))
     def run(text: str) -> compare.Row:
         program = tmp_path / "program.py"
         program.write_text(text)
-        args = argparse.Namespace(steps=4, tiny=False, timeout_s=60)
+        args = argparse.Namespace(steps=4, tiny=False, cold=False, timeout_s=60)
         return compare.measure(compare.Run("2304/float8", str(program), (), has_cache=True), args)
 
     row = run(text)
