@@ -29,13 +29,16 @@ def arrays_of(number):
 
 def entry_of(number):
     return ClipEntry(
-        f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), make_text_key(f"{number}")
+        f"{number}.mp4",
+        BUCKET,
+        make_latents_key(f"{number}", BUCKET),
+        (make_text_key(f"{number}"),),
     )
 
 
 def add_clip(writer, number):
     entry = entry_of(number)
-    for key, array in zip((entry.latents_key, entry.text_key), arrays_of(number), strict=True):
+    for key, array in zip(entry.keys, arrays_of(number), strict=True):
         writer.add(key, array)
 
 
@@ -114,11 +117,7 @@ def test_kill_9_loses_the_clip_in_hand_only(tmp_path):
         child.send_signal(signal.SIGKILL)
         done += [int(line) for line in child.communicate()[0].split()]
         with open_writer(tmp_path, encoders=ENCODERS) as writer:
-            assert all(
-                key in writer
-                for number in done
-                for key in (entry_of(number).latents_key, entry_of(number).text_key)
-            )
+            assert all(key in writer for number in done for key in entry_of(number).keys)
             writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
         check_readable(tmp_path, done)
         assert not list(tmp_path.rglob("*.partial"))
@@ -222,7 +221,7 @@ def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
         assert not list(mount.rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=8m", mount], check=True)
         with open_writer(mount, encoders=ENCODERS) as writer:
-            done = [n for n in range(100) if all(key in writer for key in entry_of(n)[2:])]
+            done = [n for n in range(100) if all(key in writer for key in entry_of(n).keys)]
             assert len(done) >= 5
             writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
         check_readable(mount, done)

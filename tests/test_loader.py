@@ -23,13 +23,13 @@ def make_cache(folder, counts):
     """Latents of clip i are all i; its caption has i % 5 + 1 rows of i + 1."""
     buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
     clips = [
-        ClipEntry(f"{i}", bucket, make_latents_key(f"{i}", bucket), make_text_key(f"{i}"))
+        ClipEntry(f"{i}", bucket, make_latents_key(f"{i}", bucket), (make_text_key(f"{i}"),))
         for i, bucket in enumerate(buckets)
     ]
     with open_writer(folder, encoders=ENCODERS) as writer:
         for i, clip in enumerate(clips):
             writer.add(clip.latents_key, np.full((*clip.bucket.latent_TYX, 48), i, np.float32))
-            writer.add(clip.text_key, np.full((i % 5 + 1, 8), i + 1, np.float32))
+            writer.add(clip.text_keys[0], np.full((i % 5 + 1, 8), i + 1, np.float32))
         writer.finish(clips, buckets=list(counts))
     return open_cache(folder, encoders=ENCODERS, buckets=list(counts))
 

@@ -75,7 +75,7 @@ def prepared(tmp_path_factory) -> Path:
     with open_writer(folder / "clips" / CACHE_FOLDER, encoders=encoders) as writer:
         for number in range(CLIPS):
             entry = ClipEntry(
-                f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), make_text_key("")
+                f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), (make_text_key(""),)
             )
             latents = rng.standard_normal((*BUCKET.latent_TYX, LATENT_CHANNELS), np.float32)
             writer.add(entry.latents_key, latents)

@@ -174,9 +174,8 @@ def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray
 
 
 def _make_entry(clip: SourceClip, bucket: Bucket) -> ClipEntry:
-    return ClipEntry(
-        clip.path.name, bucket, make_latents_key(clip.digest, bucket), make_text_key(clip.caption)
-    )
+    text_keys = (make_text_key(clip.caption),)
+    return ClipEntry(clip.path.name, bucket, make_latents_key(clip.digest, bucket), text_keys)
 
 
 def _count_bytes(bucket: Bucket) -> int:

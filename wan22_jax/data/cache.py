@@ -47,7 +47,14 @@ class ClipEntry(NamedTuple):
     file: str  # name in the clips' folder
     bucket: Bucket
     latents_key: str
-    text_key: str
+    text_keys: tuple[str, ...]  # of its captions, one or more
+    start: int = 0  # first frame, at the rate of the model
+    mask_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The records that it needs."""
+        return self.latents_key, *self.text_keys, *filter(None, [self.mask_key])
 
 
 def name_encoders(digests: Mapping[str, str]) -> str:
@@ -55,9 +62,9 @@ def name_encoders(digests: Mapping[str, str]) -> str:
     return f"vae {digests['vae'][:16]}, text_encoder {digests['text_encoder'][:16]}"
 
 
-def make_latents_key(media_digest: str, bucket: Bucket) -> str:
-    """Names the latents of a file's first frames in a bucket."""
-    return f"latents-{_hash(f'{media_digest} {bucket} single_beginning')}"
+def make_latents_key(media_digest: str, bucket: Bucket, *, cut: str = "single_beginning") -> str:
+    """Names the latents of one clip of a file in a bucket; ``cut`` says which frames it has."""
+    return f"latents-{_hash(f'{media_digest} {bucket} {cut}')}"
 
 
 def make_text_key(caption: str) -> str:
@@ -78,20 +85,21 @@ class Cache:
             num_rows += len(keys)
             shards.append(f"{path}[0:{len(keys)}]")  # a length given here is not read from disk
         for clip in clips:
-            if not {clip.latents_key, clip.text_key} <= rows.keys():
+            if not set(clip.keys) <= rows.keys():
                 raise BadInput(f"{folder}: has no record of {clip.file}; {REMEDY}")
         self._rows = rows
         self._records = ArrayRecordDataSource(shards)
 
     def read(self, clip: ClipEntry) -> CachedClip:
-        """Reads one clip; bfloat16, as stored.
+        """Reads one clip with its first caption; bfloat16, as stored.
 
         Raises:
             BadInput: its record is damaged.
         """
         try:
             latents, text = (
-                _unpack(self._records[self._rows[key]]) for key in (clip.latents_key, clip.text_key)
+                _unpack(self._records[self._rows[key]])
+                for key in (clip.latents_key, clip.text_keys[0])
             )
         except (RuntimeError, ValueError, IndexError, SafetensorError) as error:
             raise BadInput(
@@ -123,7 +131,10 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
             f"{folder}: was cached for {_join(cached_for)}, the dataset file now asks for "
             f"{_join(buckets)}; {REMEDY} again (what is still right is kept)"
         )
-    clips = [ClipEntry(file, Bucket(*bucket), *keys) for file, bucket, *keys in tree["clips"]]
+    clips = [
+        ClipEntry(file, Bucket(*bucket), latents_key, tuple(text_keys), start, mask_key)
+        for file, bucket, latents_key, text_keys, start, mask_key in tree["clips"]
+    ]
     return Cache(folder, clips)
 
 
@@ -190,9 +201,7 @@ class CacheWriter:
     def finish(self, clips: Iterable[ClipEntry], *, buckets: Sequence[Bucket]) -> None:
         """Declares the data set complete: these clips, made for these buckets."""
         clips = list(clips)
-        if missing := [
-            c.file for c in clips if c.latents_key not in self or c.text_key not in self
-        ]:
+        if missing := [c.file for c in clips if not all(key in self for key in c.keys)]:
             raise ValueError(f"clips without records: {missing}")
         if self._waiting:
             self._close_shard()
