@@ -135,6 +135,7 @@ def loss_fn(
     latents_BTYXC: Float[Array, "B T Y X C"],
     text_BSE: Float[Array, "B S E"],
     draws: Draws,
+    mask_BYX: Float[Array, "B Y X"] | None = None,
     *,
     graphdef: nnx.GraphDef,
     activation_checkpointing: bool | str,
@@ -150,7 +151,8 @@ def loss_fn(
         activation_checkpointing=activation_checkpointing,
         parts=frozen.parts,
     )
-    return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
+    loss_B = velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T, mask_BYX)
+    return loss_B.mean()
 
 
 def train_step(
@@ -183,8 +185,10 @@ def train_step(
     loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
     grad_fn = jax.value_and_grad(loss)
 
-    def accumulate(grads: nnx.State, micro: tuple[Array, ...]) -> tuple[nnx.State, Array]:
-        latents_BTYXC, text_BSE, index = micro
+    def accumulate(
+        grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
+    ) -> tuple[nnx.State, Array]:
+        latents_BTYXC, text_BSE, mask_BYX, index = micro
         positions_B = index * batch_size + jnp.arange(batch_size)
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
         draw = partial(
@@ -194,13 +198,13 @@ def train_step(
             i2v_fraction=i2v_fraction,
         )
         draws = jax.vmap(draw)(keys_B)
-        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws)
+        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX)
         return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
 
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    micros = (*map(jnp.asarray, batch), jnp.arange(num_accumulate))
+    micros = (*jax.tree.map(jnp.asarray, batch), jnp.arange(num_accumulate))
     if num_accumulate == 1:  # no copy of the gradient
-        grads, loss_A = accumulate(zeros, tuple(micro[0] for micro in micros))
+        grads, loss_A = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
     else:
         grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
