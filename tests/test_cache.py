@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from wan22_jax.data.cache import (
-    ClipEntry,
     make_latents_key,
+    make_mask_key,
     make_text_key,
     name_encoders,
     open_cache,
-    open_writer,
 )
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import NOWHERE, ClipEntry, KeySet, pack_keys, unpack_key
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 
@@ -25,6 +26,10 @@ ENCODERS = name_encoders({"vae": "a" * 64, "text_encoder": "b" * 64, "transforme
 def arrays_of(number):
     rng = np.random.default_rng(number)
     return rng.normal(size=(2, 2, 4, 48)).astype(np.float32), rng.normal(size=(number % 5 + 1, 8))
+
+
+def latents_key_of(name):
+    return make_latents_key(name, BUCKET)
 
 
 def entry_of(number):
@@ -52,9 +57,11 @@ def fill(folder, numbers, **options):
 def check_readable(folder, numbers):
     cache = open_cache(folder, encoders=ENCODERS, buckets=[BUCKET])
     assert [clip.file for clip in cache.clips] == [f"{number}.mp4" for number in numbers]
-    for number, clip in zip(numbers, cache.clips, strict=True):
-        stored = cache.read(clip)
-        for array, expected in zip(stored, arrays_of(number), strict=True):
+    for index, number in enumerate(numbers):
+        assert cache.clips[index] == entry_of(number)
+        stored = cache.read(index)
+        assert stored.mask_YX is None
+        for array, expected in zip(stored[:2], arrays_of(number), strict=True):
             assert array.dtype == ml_dtypes.bfloat16
             np.testing.assert_array_equal(array, expected.astype(ml_dtypes.bfloat16))
 
@@ -63,7 +70,7 @@ def test_what_is_written_is_read(tmp_path):
     fill(tmp_path, range(7), shard_bytes=4000)
     check_readable(tmp_path, range(7))
     assert len(list(tmp_path.glob("*.array_record"))) > 1  # so reading crossed shards
-    assert not list(tmp_path.glob("pending/*"))
+    assert not list(tmp_path.glob("pending/*/*"))
 
 
 def test_shards_are_only_ever_added(tmp_path):
@@ -78,11 +85,92 @@ def test_shards_are_only_ever_added(tmp_path):
     check_readable(tmp_path, [0, 3])
 
 
+def test_captions_masks_and_starts_are_kept(tmp_path):
+    clips = [
+        ClipEntry(
+            f"clip {number} ä.mp4",
+            BUCKET,
+            make_latents_key(f"{number}", BUCKET, cut="uniform"),
+            tuple(make_text_key(f"{number}{letter}") for letter in "abc"[: number + 1]),
+            start=7 * number,
+            mask_key=make_mask_key(f"{number}", BUCKET) if number % 2 else None,
+        )
+        for number in range(3)
+    ]
+    with open_writer(tmp_path, encoders=ENCODERS, shard_bytes=3000) as writer:
+        for number, clip in enumerate(clips):
+            writer.add(clip.latents_key, np.full((2, 2, 4, 48), number))
+            for letter, key in zip("abc", clip.text_keys, strict=False):
+                writer.add(key, np.full((2, 8), ord(letter)), note=f"{number}{letter}")
+            if clip.mask_key:
+                writer.add(clip.mask_key, np.full((2, 4), 0.5))
+        writer.add(make_text_key(""), np.full((1, 8), 77))
+        writer.finish(clips, buckets=[BUCKET])
+    cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    assert list(cache.clips) == clips
+    assert cache.has_uncond
+    for number, clip in enumerate(clips):
+        for caption in range(len(clip.text_keys)):
+            latents, text, mask = cache.read(number, caption=caption)
+            assert (latents == number).all()
+            assert (text == ord("abc"[caption])).all()
+            assert (mask is None) == (clip.mask_key is None)
+            assert mask is None or (mask.shape == (2, 4) and (mask == 0.5).all())
+            assert cache.read_caption(number, caption=caption) == f"{number}{'abc'[caption]}"
+        assert (cache.read(number, caption=None).text_SE == 77).all()
+        assert cache.read_caption(number, caption=None) == ""
+
+
+def test_an_earlier_version_is_refused_with_the_remedy(tmp_path):
+    fill(tmp_path, [0])
+    header = (tmp_path / "cache.json").read_text()
+    (tmp_path / "cache.json").write_text(header.replace('"version": 2', '"version": 1'))
+    for name in ("clips.json", "00000.json", "00000.array_record", "lock"):
+        (tmp_path / name).touch()
+    message = "cache version 1, this program writes 2; .*--regenerate_cache"
+    with pytest.raises(BadInput, match=message):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    with pytest.raises(BadInput, match=message), open_writer(tmp_path, encoders=ENCODERS):
+        pass
+    fill(tmp_path, [0, 1], regenerate=True)
+    check_readable(tmp_path, [0, 1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-00000.array_record",
+        "0000-00000.keys",
+        "cache.json",
+        "clips.index",
+        "lock-0000",
+        "pending",
+    ]
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    fill(tmp_path, [0])
+    for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):
+        (tmp_path / "clips.index").write_bytes(damage)
+        with pytest.raises(BadInput, match=r"clips\.index: is damaged .*run wan22-cache"):
+            open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+
+
 def test_keys_tell_contents_apart():
     other = BUCKET._replace(frames=9)
     assert make_latents_key("a", BUCKET) != make_latents_key("b", BUCKET)
     assert make_latents_key("a", BUCKET) != make_latents_key("a", other)
+    assert make_latents_key("a", BUCKET) != make_latents_key("a", BUCKET, cut="single_middle")
     assert make_text_key("a") != make_text_key("b")
+    assert make_mask_key("a", BUCKET) == make_mask_key("a", other)  # a mask has no frames
+    assert make_mask_key("a", BUCKET) != make_mask_key("a", BUCKET._replace(width_px=32))
+
+
+def test_packed_keys_are_found():
+    keys = [kind(f"{n}") for n in range(3000) for kind in (make_text_key, latents_key_of)]
+    packed = pack_keys(keys)
+    assert any(len(key) < 17 for key in packed.tolist())  # NumPy hides zeros at the end
+    assert [unpack_key(key) for key in packed.tolist()] == keys
+    found = KeySet(packed[:4000]).find(packed)
+    np.testing.assert_array_equal(found[:4000], np.arange(4000))
+    assert (found[4000:] == NOWHERE).all()
+    assert (KeySet(packed[:0]).find(packed) == NOWHERE).all()
 
 
 def test_unfinished_cache_is_refused_and_continued(tmp_path):
@@ -129,9 +217,9 @@ def test_killed_between_shard_and_tidying_up(tmp_path, monkeypatch):
         patch.setattr("pathlib.Path.unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             writer.finish([entry_of(0)], buckets=[BUCKET])
-    assert list(tmp_path.glob("pending/*"))
+    assert list(tmp_path.glob("pending/*/*"))
     with open_writer(tmp_path, encoders=ENCODERS) as writer:
-        assert not list(tmp_path.glob("pending/*"))
+        assert not list(tmp_path.glob("pending/*/*"))
         writer.finish([entry_of(0)], buckets=[BUCKET])
     check_readable(tmp_path, [0])
     assert len(list(tmp_path.glob("*.array_record"))) == 1
@@ -196,7 +284,7 @@ def test_damage_is_named_when_read(tmp_path):
     shard.write_bytes(data)
     cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
     with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*--regenerate_cache"):
-        cache.read(cache.clips[0])
+        cache.read(0)
     shard.unlink()
     with pytest.raises(BadInput, match=r"array_record: is gone.*--regenerate_cache"):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])

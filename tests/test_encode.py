@@ -72,7 +72,9 @@ class Place:
 
     def stored(self):
         ((cache, _),) = self.open()
-        return {clip.file: (clip.bucket, cache.read(clip)) for clip in cache.clips}
+        return {
+            clip.file: (clip.bucket, cache.read(number)) for number, clip in enumerate(cache.clips)
+        }
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_folder_to_cache_to_batch(place, capsys):
     }
     vae, encoder = load_vae(place.model), load_text_encoder(place.model)
     tokenizer = load_tokenizer(tokenizer_folder(place.model))
-    for file, (bucket, (latents_TYXC, text_SE)) in stored.items():
+    for file, (bucket, (latents_TYXC, text_SE, _)) in stored.items():
         path = place.clips / file
         pixels_TYX3 = read_clip(path, probe(path), bucket)
         video_1TYX3 = jnp.asarray(pixels_TYX3[None]).astype(jnp.float32) / 127.5 - 1
@@ -176,7 +178,7 @@ def test_stopped_run_continues(place, counted, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "encode_pixels", stop_at_the_third)
         assert place.run() == 130
-    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.json").exists()
+    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.index").exists()
     assert place.run() == 0
     assert (counted.captions, counted.clips) == (3, 3)
     assert len(place.stored()) == 3

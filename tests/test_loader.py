@@ -5,13 +5,9 @@ import numpy as np
 import pytest
 from test_cache import ENCODERS
 
-from wan22_jax.data.cache import (
-    ClipEntry,
-    make_latents_key,
-    make_text_key,
-    open_cache,
-    open_writer,
-)
+from wan22_jax.data.cache import make_latents_key, make_text_key, open_cache
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import ClipEntry
 from wan22_jax.data.loader import make_loader
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket

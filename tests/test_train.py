@@ -23,12 +23,12 @@ from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
-    ClipEntry,
     make_latents_key,
     make_text_key,
     name_encoders,
-    open_writer,
 )
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import ClipEntry
 from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid

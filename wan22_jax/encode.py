@@ -20,15 +20,13 @@ from tqdm import tqdm
 
 from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
-    SHARD_BYTES,
-    CacheWriter,
-    ClipEntry,
     make_latents_key,
     make_text_key,
     name_encoders,
-    open_writer,
 )
+from wan22_jax.data.cache_writer import SHARD_BYTES, CacheWriter, open_writer
 from wan22_jax.data.folder import SourceClip, survey_folder
+from wan22_jax.data.index import ClipEntry
 from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, read_directories
 from wan22_jax.errors import BadInput, run_command
@@ -123,7 +121,7 @@ def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
             for (caption, cache), text_SE in zip(
                 some, encode_text(encoder, tokenizer, prompts + filler), strict=False
             ):
-                cache.add(make_text_key(caption), text_SE)
+                cache.add(make_text_key(caption), text_SE, note=caption)
             bar.update(len(some))
 
 

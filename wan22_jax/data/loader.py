@@ -16,12 +16,12 @@ import grain
 import numpy as np
 
 from wan22_jax.batch import Batch
-from wan22_jax.data.cache import Cache, ClipEntry
+from wan22_jax.data.cache import Cache
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.text import pad_text
 
-Member = tuple[Cache, ClipEntry]
+Member = tuple[Cache, int]  # a clip by its number in the cache
 
 
 class Step(NamedTuple):
@@ -92,12 +92,12 @@ class Loader:
         epoch, position = divmod(step, self.steps_per_epoch)
         bucket, rows = self._order(epoch)[position]
         chosen = [self._members[bucket][row] for row in rows]
-        arrays = [cache.read(clip) for cache, clip in chosen]
+        arrays = [cache.read(number) for cache, number in chosen]
         batch = Batch(
             self._split(np.stack([clip.latents_TYXC for clip in arrays])),
             self._split(pad_text([clip.text_SE for clip in arrays])),
         )
-        return Step(batch, bucket, tuple(clip.file for _, clip in chosen))
+        return Step(batch, bucket, tuple(cache.clips.file(number) for cache, number in chosen))
 
     def iterate(self, first_step: int, *, ahead: int = 2) -> Iterator[Step]:
         """Yields the steps from ``first_step`` on, while threads read this many ``ahead``."""
@@ -121,10 +121,10 @@ class Loader:
 def _group_by_bucket(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, list[Member]]:
     members: dict[Bucket, list[Member]] = defaultdict(list)
     for cache, num_repeats in caches:
-        for bucket in {clip.bucket for clip in cache.clips}:
-            clips = [clip for clip in cache.clips if clip.bucket == bucket]
+        for index, bucket in enumerate(cache.clips.buckets):
+            clips = np.flatnonzero(cache.clips.bucket_N == index)
             count = int(len(clips) * num_repeats)
-            members[bucket] += [(cache, clips[index % len(clips)]) for index in range(count)]
+            members[bucket] += [(cache, int(clips[index % len(clips)])) for index in range(count)]
     return members
 
 
