@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan22_jax.checkpoint import find_run, open_checkpoints, read_meta, restore_state, save_state
-from wan22_jax.config import TrainConfig, dump_config, load_config
+from wan22_jax.config import TrainConfig, dump_config, load_config, load_dataset
 from wan22_jax.data.cache import name_encoders
 from wan22_jax.data.loader import Loader, make_loader
 from wan22_jax.dataset import open_caches
@@ -198,6 +198,8 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
         seed=config.seed,
         micro_batch=config.micro_batch,
         accumulation=config.gradient_accumulation_steps,
+        subsample_ratio=load_dataset(Path(config.dataset)).subsample_ratio,
+        uncond_fraction=config.uncond_fraction or 0,
     )
     for line in loader.report:
         log.info("%s", line)
