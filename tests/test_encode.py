@@ -305,3 +305,22 @@ def test_a_folder_listed_twice_is_refused(place, capsys):
     )
     assert place.run() == 2
     assert "is listed twice" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_work(place, counted, capsys):
+    place.fill()
+    assert place.run("--process_index", "1", "--process_count", "2") == 0
+    first = counted.captions + counted.clips
+    assert 0 < first < 6
+    assert f"{6 - first} records are left to the other processes" in capsys.readouterr().err
+    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.index").exists()
+    assert place.run("--process_index", "0", "--process_count", "2") == 0
+    assert (counted.captions, counted.clips) == (3, 3)
+    assert "left to the other" not in capsys.readouterr().err
+    assert len(place.stored()) == 3
+
+
+@pytest.mark.parametrize(("index", "count"), [("2", "2"), ("-1", "2"), ("0", "0"), ("0", "10001")])
+def test_a_process_outside_its_run_is_refused(place, capsys, index, count):
+    assert place.run(f"--process_index={index}", "--process_count", count) == 2
+    assert "expected 0 <= index < count <= 10000" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from wan22_jax.data.cache import (
     make_text_key,
     name_encoders,
 )
-from wan22_jax.data.cache_writer import SHARD_BYTES, CacheWriter, open_writer
+from wan22_jax.data.cache_writer import ALONE, SHARD_BYTES, CacheWriter, Process, open_writer
 from wan22_jax.data.folder import SourceClip, survey_folder
 from wan22_jax.data.index import ClipEntry
 from wan22_jax.data.video import read_clip
@@ -42,6 +42,7 @@ from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
 from wan22_jax.text import encode_text, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
+MAX_PROCESSES = 10_000  # their numbers have four digits in file names
 
 
 class Work(NamedTuple):
@@ -59,17 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--regenerate_cache", action="store_true", help="encode everything again from scratch"
     )
+    _add_process_flags(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
-def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False) -> None:
+def encode_dataset(
+    dataset_file: Path, model: Path, *, regenerate: bool = False, process: Process = ALONE
+) -> None:
     """Brings the caches of a dataset file up to date with its folders.
 
     Args:
         dataset_file: the dataset TOML.
         model: a model folder that wan22-convert wrote.
         regenerate: encode everything, whatever is cached.
+        process: which part of the work is this process's.
 
     Raises:
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
@@ -82,7 +87,9 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
     with ExitStack() as stack:
         jobs = []
         for directory, clips in zip(directories, surveys, strict=True):
-            writer = open_writer(directory.cache_folder, encoders=encoders, regenerate=regenerate)
+            writer = open_writer(
+                directory.cache_folder, encoders=encoders, regenerate=regenerate, process=process
+            )
             jobs.append(Work(directory, clips, stack.enter_context(writer)))
         for work in jobs:
             _check_space(work)
@@ -91,14 +98,48 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
         _encode_clips(jobs, model)
         for work in jobs:
             entries = [_make_entry(clip, bucket) for clip in work.clips for bucket in clip.buckets]
-            work.cache.finish(entries, buckets=work.directory.rule.buckets)
+            left = work.cache.finish(entries, buckets=work.directory.rule.buckets)
+            if left:
+                _warn(_describe_rest(work, left))
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     encode_dataset(
-        Path(config.dataset), Path(config.model.ckpt_path), regenerate=arguments.regenerate_cache
+        Path(config.dataset),
+        Path(config.model.ckpt_path),
+        regenerate=arguments.regenerate_cache,
+        process=_read_process(arguments),
+    )
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--process_count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the work among N processes, on any hosts that see the clips",
+    )
+    parser.add_argument(
+        "--process_index", type=int, default=0, metavar="I", help="this is process I of 0 .. N-1"
+    )
+
+
+def _read_process(arguments: argparse.Namespace) -> Process:
+    if not 0 <= arguments.process_index < arguments.process_count <= MAX_PROCESSES:
+        raise BadInput(
+            f"--process_index {arguments.process_index} --process_count "
+            f"{arguments.process_count}: expected 0 <= index < count <= {MAX_PROCESSES}"
+        )
+    return Process(arguments.process_index, arguments.process_count)
+
+
+def _describe_rest(work: Work, num_records: int) -> str:
+    return (
+        f"{work.cache.folder}: this part is done, {num_records} records are left to the other "
+        "processes; the last one completes the cache (if none did, run this one again)"
     )
 
 
@@ -107,7 +148,7 @@ def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
         (caption, work.cache)
         for work in jobs
         for caption in dict.fromkeys(clip.caption for clip in work.clips)
-        if make_text_key(caption) not in work.cache
+        if _is_to_do(make_text_key(caption), work.cache)
     ]
     if not todo:
         return
@@ -154,9 +195,13 @@ def _list_missing(jobs: Sequence[Work]) -> list[Missing]:
         for work in jobs
         for clip in work.clips
         for bucket in clip.buckets
-        if make_latents_key(clip.digest, bucket) not in work.cache
+        if _is_to_do(make_latents_key(clip.digest, bucket), work.cache)
     }
     return list(missing.values())  # a file that is there twice is encoded once
+
+
+def _is_to_do(key: str, cache: CacheWriter) -> bool:
+    return cache.owns(key) and key not in cache
 
 
 def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray]]:
