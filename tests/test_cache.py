@@ -108,7 +108,7 @@ def test_captions_masks_and_starts_are_kept(tmp_path):
         writer.finish(clips, buckets=[BUCKET])
     cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
     assert list(cache.clips) == clips
-    assert cache.has_uncond
+    assert cache.uncond_row != NOWHERE
     for number, clip in enumerate(clips):
         for caption in range(len(clip.text_keys)):
             latents, text, mask = cache.read(number, caption=caption)

@@ -12,7 +12,7 @@ from make_clips import write_image, write_video
 
 from convert.weights import main as convert
 from wan22_jax import encode
-from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.cache import make_text_key, name_encoders
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
@@ -309,6 +309,10 @@ def test_a_folder_listed_twice_is_refused(place, capsys):
 
 def test_two_processes_share_the_work(place, counted, capsys):
     place.fill()
+    captions = [f"caption {number}" for number in range(99)]
+    for part, stem in ((0, "a"), (1, "b")):
+        caption = next(c for c in captions if int(make_text_key(c)[-1], 16) % 2 == part)
+        (place.clips / f"{stem}.txt").write_text(caption)
     assert place.run("--process_index", "1", "--process_count", "2") == 0
     first = counted.captions + counted.clips
     assert 0 < first < 6
@@ -324,3 +328,26 @@ def test_two_processes_share_the_work(place, counted, capsys):
 def test_a_process_outside_its_run_is_refused(place, capsys, index, count):
     assert place.run(f"--process_index={index}", "--process_count", count) == 2
     assert "expected 0 <= index < count <= 10000" in capsys.readouterr().err
+
+
+def test_verify_and_gc(place, counted, capsys):
+    place.fill()
+    assert place.run("--verify") == 2
+    assert "holds no complete cache; run wan22-cache" in capsys.readouterr().err
+    assert place.run("--cache_only") == 0
+    (place.clips / "a.txt").write_text("another caption")
+    assert place.run() == 0
+    assert place.run("--verify") == 0
+    assert "3 clips, 3 latents, 4 text" in capsys.readouterr().out
+    assert place.run("--gc") == 0
+    assert "1 unused records dropped" in capsys.readouterr().out
+    assert place.run("--verify") == 0
+    assert "3 latents, 3 text" in capsys.readouterr().out
+    assert (counted.captions, counted.clips) == (4, 3)
+    assert place.run("--gc", "--process_index=0", "--process_count=2") == 2
+    (first, *_) = sorted((place.clips / "cache" / "wan2.2_5b").glob("*.array_record"))
+    first.write_bytes(first.read_bytes()[:300])
+    assert place.run("--verify") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "records are damaged" in error
+    assert "a.mp4" in error

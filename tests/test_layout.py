@@ -27,6 +27,7 @@ LAYERS = [
     {"wan22_jax.data.cache"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.folder"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"},
+    {"wan22_jax.data.upkeep"},
     {"wan22_jax.adapter", "wan22_jax.config"},
     {"wan22_jax.dataset"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},

@@ -27,8 +27,9 @@ from wan22_jax.data.cache import (
 from wan22_jax.data.cache_writer import ALONE, SHARD_BYTES, CacheWriter, Process, open_writer
 from wan22_jax.data.folder import SourceClip, survey_folder
 from wan22_jax.data.index import ClipEntry
+from wan22_jax.data.upkeep import collect_garbage, describe_found, verify_cache
 from wan22_jax.data.video import read_clip
-from wan22_jax.dataset import Directory, read_directories
+from wan22_jax.dataset import Directory, open_caches, read_directories
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import LATENT_CHANNELS, TIME_STRIDE, Bucket
 from wan22_jax.model.vae import WanVAE
@@ -61,12 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--regenerate_cache", action="store_true", help="encode everything again from scratch"
     )
     _add_process_flags(parser)
+    _add_upkeep_flags(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def encode_dataset(
-    dataset_file: Path, model: Path, *, regenerate: bool = False, process: Process = ALONE
+    dataset_file: Path,
+    model: Path,
+    *,
+    regenerate: bool = False,
+    process: Process = ALONE,
+    collect: bool = False,
 ) -> None:
     """Brings the caches of a dataset file up to date with its folders.
 
@@ -75,6 +82,7 @@ def encode_dataset(
         model: a model folder that wan22-convert wrote.
         regenerate: encode everything, whatever is cached.
         process: which part of the work is this process's.
+        collect: drop the records that no clip needs, in the end.
 
     Raises:
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
@@ -101,16 +109,34 @@ def encode_dataset(
             left = work.cache.finish(entries, buckets=work.directory.rule.buckets)
             if left:
                 _warn(_describe_rest(work, left))
+            elif collect:
+                dropped = collect_garbage(work.cache.folder)
+                sys.stdout.write(f"{work.cache.folder}: {dropped} unused records dropped\n")
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
+
+
+def verify_dataset(dataset_file: Path, model: Path) -> None:
+    """Reads every record of a dataset file's caches; prints a line of counts for each.
+
+    Raises:
+        BadInput: a cache is incomplete, or records of it are damaged; names the first of them.
+    """
+    encoders = name_encoders(read_model_card(model).digests)
+    for cache, _ in open_caches(dataset_file, encoders=encoders):
+        sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.verify:
+        verify_dataset(Path(config.dataset), Path(config.model.ckpt_path))
+        return
     encode_dataset(
         Path(config.dataset),
         Path(config.model.ckpt_path),
         regenerate=arguments.regenerate_cache,
         process=_read_process(arguments),
+        collect=arguments.gc,
     )
 
 
@@ -127,7 +153,25 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_upkeep_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache_only", action="store_true", help="what this command does anyway (diffusion-pipe)"
+    )
+    parser.add_argument(
+        "--gc",
+        action="store_true",
+        help="drop cached records that this data set does not need (any more), in the end",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every cached record and do nothing else"
+    )
+
+
 def _read_process(arguments: argparse.Namespace) -> Process:
+    if arguments.gc and arguments.process_count > 1:
+        raise BadInput(
+            "--gc needs the cache for itself; run it afterwards, without --process_count"
+        )
     if not 0 <= arguments.process_index < arguments.process_count <= MAX_PROCESSES:
         raise BadInput(
             f"--process_index {arguments.process_index} --process_count "

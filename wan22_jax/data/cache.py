@@ -62,7 +62,6 @@ class Cache:
 
     Attributes:
         clips: the data set; a clip is named by its number in here.
-        has_uncond: whether it can replace a caption by the empty one.
     """
 
     def __init__(self, folder: Path, clips: Index):
@@ -74,12 +73,9 @@ class Cache:
         self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
 
     @functools.cached_property
-    def _uncond_row(self) -> int:
+    def uncond_row(self) -> int:
+        """The record of the empty caption, or NOWHERE."""
         return self.clips.find(make_text_key(""))
-
-    @property
-    def has_uncond(self) -> bool:  # noqa: D102 (above)
-        return self._uncond_row != NOWHERE
 
     def read(self, number: int, *, caption: int | None = 0) -> CachedClip:
         """Reads one clip; bfloat16, as stored.
@@ -114,7 +110,7 @@ class Cache:
         return self._open(shard).read([row - begin])[0]
 
     def _text_row(self, number: int, caption: int | None) -> int:
-        return self._uncond_row if caption is None else self.clips.text_rows(number)[caption]
+        return self.uncond_row if caption is None else self.clips.text_rows(number)[caption]
 
     def _open_shard(self, shard: int) -> ArrayRecordReader:
         path = self.folder / self.clips.shards[shard].name

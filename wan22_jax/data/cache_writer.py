@@ -266,16 +266,28 @@ def hold_lock(folder: Path, name: str) -> Iterator[None]:
         os.close(lock)
 
 
+@contextmanager
+def hold_other_locks(folder: Path) -> Iterator[None]:
+    """Keeps everybody from writing a cache; the caller holds the lock of ``ALONE``.
+
+    Raises:
+        BadInput: a process is writing.
+    """
+    with ExitStack() as stack:
+        for lock in folder.glob("lock-*"):
+            name = lock.name.removeprefix("lock-")
+            if name != ALONE.name:
+                stack.enter_context(hold_lock(folder, name))
+        yield
+
+
 # Files of versions 1 and 2. Only files of ours: diffusion-pipe keeps its own cache in a folder of
 # the same name.
 _OURS = ("[0-9]*.keys", "[0-9]*.json", "[0-9]*.array_record", "pending/*.*", "pending/*/*", "lock")
 
 
 def _clear(folder: Path) -> None:
-    with ExitStack() as others:
-        for lock in folder.glob("lock-*"):
-            if lock.name != f"lock-{ALONE.name}":
-                others.enter_context(hold_lock(folder, lock.name.removeprefix("lock-")))
+    with hold_other_locks(folder):
         for pattern in (INDEX, "clips.json", *_OURS, HEADER):  # the first makes it look complete
             for path in folder.glob(pattern):
                 path.unlink()

@@ -119,6 +119,34 @@ def write_index(
     save_file(arrays, path, metadata={"shards": json.dumps(shards)})
 
 
+def read_keys(folder: Path, shards: Sequence[Shard]) -> np.ndarray:
+    """Reads the packed keys of the records of some shards."""
+    paths = [(folder / shard.name).with_suffix(".keys") for shard in shards]
+    return np.concatenate([np.empty(0, PACKED), *(np.fromfile(path, PACKED) for path in paths)])
+
+
+def rewrite_index(
+    path: Path, index: "Index", *, shards: Sequence[Shard], keys_R: np.ndarray
+) -> None:
+    """Writes an index of the same clips for other shards, which hold their records too.
+
+    Args:
+        path: the file; not the one that ``index`` maps.
+        index: what is to be written again.
+        shards: the files that hold the records now.
+        keys_R: the packed keys of the shards' records.
+    """
+    found = KeySet(keys_R)
+    arrays = dict(index.arrays)
+    for name in ("latents_row_N", "mask_row_N", "text_row_C"):
+        row = np.array(arrays[name])
+        is_there = row != NOWHERE
+        row[is_there] = found.find(index.packed_keys(row[is_there]))
+        arrays[name] = row
+    arrays["keys_R"] = keys_R.view(np.uint8).reshape(-1, PACKED.itemsize)
+    save_file(arrays, path, metadata={"shards": json.dumps(shards)})
+
+
 class Index:
     """An index, open for reading from any number of threads.
 
@@ -129,6 +157,7 @@ class Index:
         bucket_N: number in ``buckets`` of each clip.
         latents_row_N, mask_row_N, text_row_C: the record of each part; NOWHERE without a mask.
         text_end_N: in ``text_row_C``, where the captions of each clip end.
+        arrays: all that the file holds, as ``write_index`` names it.
     """
 
     def __init__(self, path: Path):
@@ -141,7 +170,7 @@ class Index:
         self.mask_row_N = arrays["mask_row_N"]
         self.text_row_C = arrays["text_row_C"]
         self.text_end_N = arrays["text_end_N"]
-        self._arrays = arrays
+        self.arrays = arrays
 
     def __len__(self) -> int:
         return len(self.bucket_N)
@@ -153,15 +182,18 @@ class Index:
             self.buckets[self.bucket_N[number]],
             self.key(self.latents_row(number)),
             tuple(map(self.key, self.text_rows(number))),
-            int(self._arrays["start_N"][number]),
+            int(self.arrays["start_N"][number]),
             None if mask_row == NOWHERE else self.key(mask_row),
         )
 
+    @property
+    def num_records(self) -> int:
+        """Of all shards, needed or not."""
+        return len(self.arrays["keys_R"])
+
     def file(self, number: int) -> str:
         """The name of a clip's file."""
-        return os.fsdecode(
-            self._arrays["file"][_span(self._arrays["file_end_N"], number)].tobytes()
-        )
+        return os.fsdecode(self.arrays["file"][_span(self.arrays["file_end_N"], number)].tobytes())
 
     def latents_row(self, number: int) -> int:
         """The record of a clip's latents."""
@@ -177,12 +209,16 @@ class Index:
 
     def key(self, row: int) -> str:
         """The key of a record."""
-        return unpack_key(self._arrays["keys_R"][row].tobytes())
+        return unpack_key(self.arrays["keys_R"][row].tobytes())
+
+    def packed_keys(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The packed keys of some records."""
+        return self.arrays["keys_R"][rows].reshape(-1).view(PACKED)
 
     def find(self, key: str) -> int:
         """The row of a key, or NOWHERE; looks at all of them."""
         (packed,) = pack_keys([key])
-        found = np.flatnonzero(self._arrays["keys_R"].reshape(-1).view(PACKED) == packed)
+        found = np.flatnonzero(self.packed_keys() == packed)
         return int(found[0]) if len(found) else NOWHERE
 
 

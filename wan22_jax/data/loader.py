@@ -83,7 +83,7 @@ def make_loader(
             "processes; make micro_batch_size_per_gpu x GPUs a multiple of them"
         )
     for cache, _ in caches:
-        if uncond_fraction and not cache.has_uncond:
+        if uncond_fraction and cache.uncond_row == NOWHERE:
             raise BadInput(
                 f"{cache.folder}: holds no empty caption, which uncond_fraction = "
                 f"{uncond_fraction} needs; run wan22-cache on this dataset"
