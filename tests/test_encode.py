@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,3 +352,20 @@ def test_verify_and_gc(place, counted, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "records are damaged" in error
     assert "a.mp4" in error
+
+
+def test_show_batch(place, capsys):
+    place.fill()
+    assert place.run() == 0
+    capsys.readouterr()
+    assert place.run("--show-batch", "1") == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 1: 32x32x[15], epoch 1, 1 of 3", head)
+    (line,) = lines
+    assert re.fullmatch(rf" +1 +0\.\d{{4}} [ti]2v   {place.clips}/(.)\....: '.*'", line)
+    stem = line.split(f"{place.clips}/")[1][0]
+    assert line.endswith(f": {CAPTIONS[stem]!r}")
+    assert place.run("--show-batch", "4") == 0
+    assert "epoch 2, 1 of 3" in capsys.readouterr().out
+    assert place.run("--show-batch", "0") == 2
+    assert "steps count from 1" in capsys.readouterr().err

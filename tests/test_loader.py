@@ -31,28 +31,28 @@ def make_cache(folder, counts):
     return open_cache(folder, encoders=ENCODERS, buckets=list(counts))
 
 
-def make_rich_cache(folder, *, count=12, masked=()):
+def make_rich_cache(folder, *, count=12, masked=(), bucket=SMALL):
     """Caption k of clip i is filled with 10 i + k + 1, the empty one with 5000."""
     clips = [
         ClipEntry(
             f"{i}",
-            SMALL,
-            make_latents_key(f"{i}", SMALL),
+            bucket,
+            make_latents_key(f"{i}", bucket),
             tuple(make_text_key(f"{i} {caption}") for caption in range(i % 3 + 1)),
-            mask_key=make_mask_key(f"{i}", SMALL) if i in masked else None,
+            mask_key=make_mask_key(f"{i}", bucket) if i in masked else None,
         )
         for i in range(count)
     ]
     with open_writer(folder, encoders=ENCODERS) as writer:
         writer.add(make_text_key(""), np.full((1, 8), 5000))
         for i, clip in enumerate(clips):
-            writer.add(clip.latents_key, np.full((*SMALL.latent_TYX, 48), i, np.float32))
+            writer.add(clip.latents_key, np.full((*bucket.latent_TYX, 48), i, np.float32))
             for caption, key in enumerate(clip.text_keys):
                 writer.add(key, np.full((2, 8), 10 * i + caption + 1), note=f"{i} {caption}")
             if clip.mask_key:
-                writer.add(clip.mask_key, np.full((2, 2), i / 16))
-        writer.finish(clips, buckets=[SMALL])
-    return open_cache(folder, encoders=ENCODERS, buckets=[SMALL])
+                writer.add(clip.mask_key, np.full(bucket.latent_TYX[1:], i / 16))
+        writer.finish(clips, buckets=[bucket])
+    return open_cache(folder, encoders=ENCODERS, buckets=[bucket])
 
 
 @pytest.fixture(scope="module")

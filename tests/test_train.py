@@ -7,7 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
-from wan22_jax import train
+from wan22_jax import examples, train
 from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
@@ -217,8 +217,8 @@ class Reached(Exception):
 def test_each_setting_reaches_what_uses_it(monkeypatch):
     calls = {}
 
-    def record(name: str, *, stop: bool = False):
-        function = getattr(train, name)
+    def record(name: str, *, module: ModuleType = train, stop: bool = False):
+        function = getattr(module, name)
 
         def recorded(*args, **options):
             calls[name] = options | dict(enumerate(args))
@@ -226,9 +226,10 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
                 raise Reached
             return function(*args, **options)
 
-        monkeypatch.setattr(train, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
-    for name in ("make_loader", "load_transformer", "split_model", "make_optimizer"):
+    record("make_loader", module=examples)
+    for name in ("load_transformer", "split_model", "make_optimizer"):
         record(name)
     record("place_frozen")
     record("compile_train_step", stop=True)

@@ -14,11 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.config import load_config
+from wan22_jax.config import TrainConfig, load_config
 from wan22_jax.data.cache import (
     make_latents_key,
     make_text_key,
@@ -31,6 +32,7 @@ from wan22_jax.data.upkeep import collect_garbage, describe_found, verify_cache
 from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, open_caches, read_directories
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.examples import describe_step, open_loader
 from wan22_jax.geometry import LATENT_CHANNELS, TIME_STRIDE, Bucket
 from wan22_jax.model.vae import WanVAE
 from wan22_jax.model_folder import (
@@ -126,10 +128,26 @@ def verify_dataset(dataset_file: Path, model: Path) -> None:
         sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
 
 
+def show_batch(config: TrainConfig, step: int) -> None:
+    """Prints the clips, captions, noise levels and tasks of a step, counted from 1.
+
+    Raises:
+        BadInput: there is no such step, or ``open_loader`` finds something wrong.
+    """
+    if step < 1:
+        raise BadInput(f"--show-batch {step}: steps count from 1")
+    jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
+    loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
+    sys.stdout.write(f"{describe_step(config, loader, step - 1)}\n")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.verify:
         verify_dataset(Path(config.dataset), Path(config.model.ckpt_path))
+        return
+    if arguments.show_batch is not None:
+        show_batch(config, arguments.show_batch)
         return
     encode_dataset(
         Path(config.dataset),
@@ -164,6 +182,13 @@ def _add_upkeep_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--verify", action="store_true", help="read every cached record and do nothing else"
+    )
+    parser.add_argument(
+        "--show-batch",
+        type=int,
+        metavar="N",
+        help="print what step N of a training with this config trains on and do nothing else; "
+        "steps count from 1, as in logs",
     )
 
 

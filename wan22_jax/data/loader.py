@@ -49,6 +49,10 @@ class Chosen(NamedTuple):
         """The name of its file."""
         return self.cache.clips.file(self.clip)
 
+    def read_caption(self) -> str:
+        """Reads the caption that it trains with; raises BadInput if the record is damaged."""
+        return self.cache.read_caption(self.clip, caption=self.caption)
+
 
 def make_loader(
     caches: Sequence[tuple[Cache, float | int]],

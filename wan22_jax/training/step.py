@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
@@ -99,6 +99,12 @@ def place_frozen(
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
 
+def split_seed(seed: int) -> tuple[Array, Array]:
+    """Makes a run's two keys: of the adapter's first values and of the examples' draws."""
+    lora_key, draw_key = jax.random.split(jax.random.key(seed))
+    return lora_key, draw_key
+
+
 def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """Makes the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -127,6 +133,30 @@ def draw_example(
         sigma_T=weight_T * sample_sigma(sigma_grid, sigma_key),
         weight_T=weight_T,
     )
+
+
+def draw_examples(
+    step_key: Array,
+    positions_B: Int[Array, " B"],
+    *,
+    sigma_grid: Float[Array, " G"],
+    shape_TYXC: tuple[int, ...],
+    i2v_fraction: float,
+) -> Draws:
+    """Draws the examples at some positions of a step's global batch, see ``draw_example``.
+
+    Args:
+        step_key: ``fold_in`` of ``split_seed``'s second key and the step, counted from 0.
+        positions_B: of each example, counted over the accumulated micro-batches.
+        sigma_grid: see ``flow.sigma_grid``.
+        shape_TYXC: of the latents.
+        i2v_fraction: share of image-to-video examples.
+    """
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
+    draw = partial(
+        draw_example, sigma_grid=sigma_grid, shape_TYXC=shape_TYXC, i2v_fraction=i2v_fraction
+    )
+    return jax.vmap(draw)(keys_B)
 
 
 def loss_fn(
@@ -189,15 +219,13 @@ def train_step(
         grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
     ) -> tuple[nnx.State, Array]:
         latents_BTYXC, text_BSE, mask_BYX, index = micro
-        positions_B = index * batch_size + jnp.arange(batch_size)
-        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
-        draw = partial(
-            draw_example,
+        draws = draw_examples(
+            step_key,
+            index * batch_size + jnp.arange(batch_size),
             sigma_grid=sigma_grid,
             shape_TYXC=latents_BTYXC.shape[1:],
             i2v_fraction=i2v_fraction,
         )
-        draws = jax.vmap(draw)(keys_B)
         loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX)
         return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
 
