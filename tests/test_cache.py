@@ -144,6 +144,25 @@ def test_an_earlier_version_is_refused_with_the_remedy(tmp_path):
     ]
 
 
+def test_an_index_is_mapped_and_not_read(tmp_path):
+    fill(tmp_path, range(5))
+    index = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET]).clips
+    assert {"file", "keys_R", "latents_row_N", "text_row_C"} < set(index.arrays)
+    for array in index.arrays.values():
+        assert isinstance(array, np.memmap)
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+    assert index.find(entry_of(3).latents_key) == index.latents_row(3)
+
+
+def test_a_record_that_was_not_added_is_a_fault(tmp_path):
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        add_clip(writer, 0)
+        with pytest.raises(ValueError, match=entry_of(1).latents_key):
+            writer.finish([entry_of(0), entry_of(1)], buckets=[BUCKET])
+    assert not (tmp_path / "clips.index").exists()
+
+
 def test_a_damaged_index_is_named(tmp_path):
     fill(tmp_path, [0])
     for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):

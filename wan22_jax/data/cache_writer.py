@@ -154,7 +154,9 @@ class CacheWriter:
             self._close_shard()
         self._read_shards()  # those of other processes too
         clips = list(clips)
-        if missing := [key for key in {k for c in clips for k in c.keys} if key not in self]:
+        keys = [key for clip in clips for key in clip.keys]
+        rows = self._in_shards.find(pack_keys(keys))
+        if missing := {keys[i] for i in np.flatnonzero(rows == NOWHERE)}:
             if own := [key for key in missing if self.owns(key)]:
                 raise ValueError(f"records that were not added: {own}")
             return len(missing)
