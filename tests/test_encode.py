@@ -196,13 +196,17 @@ def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
     assert (counted.captions, counted.clips) == (6, 6)
 
 
-def test_file_names_of_any_bytes(place):
+def test_file_names_of_any_bytes(place, capsys):
     name = os.fsdecode(b"\xff \xc3\xa4 caf\xe9.png")
     write_image(place.clips / "x.png", (40, 40))
     (place.clips / "x.png").rename(place.clips / name)
     (place.clips / name).with_suffix(".txt").write_text("a still")
     assert place.run() == 0
     assert list(place.stored()) == [name]
+    assert place.run("--verify") == 0
+    capsys.readouterr()
+    assert place.run("--show-batch", "1") == 0
+    assert "? ä caf?.png: 'a still'" in capsys.readouterr().out
 
 
 def _no_caption(place):

@@ -24,6 +24,7 @@ from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
     make_latents_key,
+    make_mask_key,
     make_text_key,
     name_encoders,
 )
@@ -251,6 +252,30 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     step = calls["compile_train_step"]
     assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
     assert calls["place_frozen"]["blocks_to_swap"] == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_masks_of_the_data_set_reach_the_loss():
+    """Where nothing counts the loss is zero, and so is the gradient."""
+    encoders = name_encoders(read_model_card(Path("model")).digests)
+    entry = ClipEntry(
+        "0.mp4",
+        BUCKET,
+        make_latents_key("0", BUCKET),
+        (make_text_key(""),),
+        mask_key=make_mask_key("0", BUCKET),
+    )
+    assert entry.mask_key is not None
+    with open_writer(Path("masked") / CACHE_FOLDER, encoders=encoders) as writer:
+        writer.add(entry.latents_key, np.ones((*BUCKET.latent_TYX, LATENT_CHANNELS)))
+        writer.add(entry.text_keys[0], np.ones((3, TINY_TEXT_ENCODER.dim)))
+        writer.add(entry.mask_key, np.zeros(BUCKET.latent_TYX[1:]))
+        writer.finish([entry], buckets=[BUCKET])
+    Path("masked.toml").write_text(DATASET.replace("'clips'", "'masked'"))
+    assert run("dataset=masked.toml", "max_steps=1", "logging_steps=1") == 0
+    scalars = read_scalars(only_run())
+    assert scalars["train/loss"] == {1: 0.0}
+    assert scalars["train/grad_norm"] == {1: 0.0}
 
 
 @pytest.mark.usefixtures("here")

@@ -138,7 +138,8 @@ def show_batch(config: TrainConfig, step: int) -> None:
         raise BadInput(f"--show-batch {step}: steps count from 1")
     jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
     loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
-    sys.stdout.write(f"{describe_step(config, loader, step - 1)}\n")
+    lines = describe_step(config, loader, step - 1)
+    sys.stdout.write(f"{lines.encode(errors='replace').decode()}\n")  # a file name may be no UTF-8
 
 
 def _run(arguments: argparse.Namespace) -> None:
