@@ -6,6 +6,7 @@ import pytest
 from make_clips import grey_of, read_grey, write_image, write_video
 from PIL import Image, ImageOps
 
+from wan22_jax.data import video
 from wan22_jax.data.video import probe, read_clip, resample_indices
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
@@ -60,6 +61,42 @@ def test_slow_clip_repeats_frames(tmp_path):
     expected = [grey_of(index) for index in resample_indices(12, Fraction(12))[:21]]
     assert np.abs(np.subtract(read_grey(clip_TYX3), expected)).max() <= 1
     assert len(set(expected)) < 21
+
+
+def test_frames_of_uneven_times_are_chosen_by_time(tmp_path):
+    path = tmp_path / "a.mkv"
+    shown_at = [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]  # in 24ths of a second: a long pause
+    write_video(path, 12, times=shown_at, codec="ffv1")
+    info = probe(path)
+    assert info.is_uneven
+    assert info.frames == 12
+    assert info.frames_24 == 25  # 23/24 s between first and last, and the mean step
+    clip_TYX3 = read_clip(path, info, Bucket(64, 32, 21))
+    expected = [grey_of(max(i for i in range(12) if shown_at[i] <= k)) for k in range(21)]
+    assert np.abs(np.subtract(read_grey(clip_TYX3), expected)).max() <= 1
+    later_TYX3 = read_clip(path, info, Bucket(64, 32, 5), start=16)
+    np.testing.assert_array_equal(later_TYX3, clip_TYX3[16:])
+    by_index = read_clip(path, info._replace(is_uneven=False), Bucket(64, 32, 21))
+    assert read_grey(by_index) != read_grey(clip_TYX3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mp4", "libx265")],
+)
+@pytest.mark.parametrize("fps", [24, 30])
+def test_a_later_clip_equals_the_frames_decoded_from_the_beginning(
+    tmp_path, monkeypatch, name, codec, fps
+):
+    path = tmp_path / name
+    write_video(path, 100, fps=fps, codec=codec, gop=12)
+    info = probe(path)
+    assert not info.is_uneven
+    whole_TYX3 = read_clip(path, info, Bucket(64, 32, info.frames_24 // 4 * 4 - 3))
+    monkeypatch.delattr(video, "_decode_all")  # it seeks, it does not start again
+    for start in (1, 30, len(whole_TYX3) - 9):
+        clip_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=start)
+        np.testing.assert_array_equal(clip_TYX3, whole_TYX3[start : start + 9])
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "avi", "ts"])
