@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.config import load_config
+from wan22_jax.config import ClipMode, load_config, load_dataset
+from wan22_jax.data import cache
 from wan22_jax.data.cache import (
     SHARD_BYTES,
     CacheWriter,
@@ -28,7 +29,9 @@ from wan22_jax.data.cache import (
     name_encoders,
     open_writer,
 )
-from wan22_jax.data.folder import SourceClip, survey_folder
+from wan22_jax.data.companions import read_mask
+from wan22_jax.data.probed import check_stamp
+from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
 from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, read_directories
 from wan22_jax.errors import BadInput, run_command
@@ -61,26 +64,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--regenerate_cache", action="store_true", help="encode everything again from scratch"
     )
+    parser.add_argument(
+        "--allow-drop",
+        action="store_true",
+        help="leave out clips that no bucket takes instead of stopping",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
-def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False) -> None:
+def encode_dataset(
+    dataset_file: Path,
+    model: Path,
+    *,
+    regenerate: bool = False,
+    clip_mode: ClipMode = "single_beginning",
+    uncond_fraction: float = 0.0,
+    allow_drop: bool = False,
+) -> None:
     """Brings the caches of a dataset file up to date with its folders.
 
     Args:
         dataset_file: the dataset TOML.
         model: a model folder that wan22-convert wrote.
         regenerate: encode everything, whatever is cached.
+        clip_mode: ``video_clip_mode`` of the main file.
+        uncond_fraction: of the main file; above 0, the empty caption is encoded too.
+        allow_drop: leave out files that no bucket takes.
 
     Raises:
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
     """
     claim_gpu()
     keep_compiled()
-    directories = read_directories(dataset_file)
+    directories = read_directories(dataset_file, clip_mode=clip_mode)
+    own_fraction = load_dataset(dataset_file).uncond_fraction
+    more_captions = [""] if (uncond_fraction if own_fraction is None else own_fraction) else []
     encoders = name_encoders(read_model_card(model).digests)
-    surveys = [survey_folder(d.path, d.rule, warn=_warn) for d in directories]
+    surveys = [
+        take_clips(
+            directory.path,
+            survey_folder(directory.folder, warn=_warn),
+            allow_drop=allow_drop,
+            warn=_warn,
+        )
+        for directory in directories
+    ]
     with ExitStack() as stack:
         jobs = []
         for directory, clips in zip(directories, surveys, strict=True):
@@ -88,11 +117,12 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
             jobs.append(Work(directory, clips, stack.enter_context(writer)))
         for work in jobs:
             _check_space(work)
-        _encode_captions(jobs, model)
+        _encode_captions(jobs, model, more_captions)
         gc.collect()  # the text encoder's arrays go before the VAE's come
         _encode_clips(jobs, model)
         for work in jobs:
-            entries = [_make_entry(clip, bucket) for clip in work.clips for bucket in clip.buckets]
+            _add_masks(work)
+            entries = [_make_entry(clip) for clip in work.clips]
             work.cache.finish(entries, buckets=work.directory.rule.buckets)
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
@@ -100,15 +130,21 @@ def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False)
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     encode_dataset(
-        Path(config.dataset), Path(config.model.ckpt_path), regenerate=arguments.regenerate_cache
+        Path(config.dataset),
+        Path(config.model.ckpt_path),
+        regenerate=arguments.regenerate_cache,
+        clip_mode=config.video_clip_mode,
+        uncond_fraction=config.uncond_fraction,
+        allow_drop=arguments.allow_drop,
     )
 
 
-def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
+def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[str]) -> None:
     todo = [
         (caption, work.cache)
         for work in jobs
-        for caption in dict.fromkeys(clip.caption for clip in work.clips)
+        for caption in dict.fromkeys([c for clip in work.clips for c in clip.captions])
+        | dict.fromkeys(more_captions)
         if make_text_key(caption) not in work.cache
     ]
     if not todo:
@@ -133,8 +169,8 @@ def _encode_clips(jobs: Sequence[Work], model: Path) -> None:
         return
     vae = load_vae(model)
     with tqdm(desc="clips", total=len(todo), unit="clip") as bar:
-        for (clip, bucket, cache), pixels_TYX3 in _decode_ahead(todo):
-            cache.add(make_latents_key(clip.digest, bucket), encode_pixels(vae, pixels_TYX3))
+        for (clip, writer), pixels_TYX3 in _decode_ahead(todo):
+            writer.add(_name_latents(clip), encode_pixels(vae, pixels_TYX3))
             bar.update()
 
 
@@ -147,16 +183,15 @@ def encode_pixels(vae: WanVAE, pixels_TYX3: np.ndarray) -> np.ndarray:
     return latents_1TYXC[0]
 
 
-Missing = tuple[SourceClip, Bucket, CacheWriter]
+Missing = tuple[SourceClip, CacheWriter]
 
 
 def _list_missing(jobs: Sequence[Work]) -> list[Missing]:
     missing = {
-        (work.cache.folder, make_latents_key(clip.digest, bucket)): (clip, bucket, work.cache)
+        (work.cache.folder, key): (clip, work.cache)
         for work in jobs
         for clip in work.clips
-        for bucket in clip.buckets
-        if make_latents_key(clip.digest, bucket) not in work.cache
+        if (key := _name_latents(clip)) not in work.cache
     }
     return list(missing.values())  # a file that is there twice is encoded once
 
@@ -165,17 +200,43 @@ def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for missing in todo:
-            clip, bucket, _ = missing
-            now, ahead = ahead, (missing, pool.submit(read_clip, clip.path, clip.info, bucket))
+            now, ahead = ahead, (missing, pool.submit(_decode, missing[0]))
             if now is not None:
                 yield now[0], now[1].result()
         if ahead is not None:
             yield ahead[0], ahead[1].result()
 
 
-def _make_entry(clip: SourceClip, bucket: Bucket) -> ClipEntry:
-    text_keys = (make_text_key(clip.caption),)
-    return ClipEntry(clip.path.name, bucket, make_latents_key(clip.digest, bucket), text_keys)
+def _decode(clip: SourceClip) -> np.ndarray:
+    pixels_TYX3 = read_clip(clip.path, clip.info, clip.bucket, start=clip.start)
+    check_stamp(clip.path, clip.stamp)  # the digest is of the file that was surveyed
+    return pixels_TYX3
+
+
+def _add_masks(work: Work) -> None:
+    for clip in work.clips:
+        key = _name_mask(clip)
+        if clip.mask is not None and key is not None and key not in work.cache:
+            work.cache.add(key, read_mask(clip.mask, clip.info, clip.bucket))
+
+
+def _make_entry(clip: SourceClip) -> ClipEntry:
+    text_keys = tuple(map(make_text_key, clip.captions))
+    mask_key = _name_mask(clip)
+    return ClipEntry(clip.file, clip.bucket, _name_latents(clip), text_keys, clip.start, mask_key)
+
+
+def _name_latents(clip: SourceClip) -> str:
+    return make_latents_key(clip.digest, clip.bucket, cut=clip.cut)
+
+
+def _name_mask(clip: SourceClip) -> str | None:
+    if clip.mask_digest is None:
+        return None
+    make_mask_key = getattr(cache, "make_mask_key", None)
+    if make_mask_key is None:
+        raise BadInput(f"{clip.mask}: masked loss is not supported by this version yet")
+    return make_mask_key(clip.mask_digest, clip.bucket)
 
 
 def _count_bytes(bucket: Bucket) -> int:
@@ -184,7 +245,7 @@ def _count_bytes(bucket: Bucket) -> int:
 
 
 def _check_space(work: Work) -> None:
-    needed = sum(_count_bytes(bucket) for _, bucket, _ in _list_missing([work]))
+    needed = sum(_count_bytes(clip.bucket) for clip, _ in _list_missing([work]))
     needed += min(needed, SHARD_BYTES)  # records lie there twice while a shard is written
     free = shutil.disk_usage(work.cache.folder).free
     if needed > free:
@@ -197,7 +258,7 @@ def _check_space(work: Work) -> None:
 def _describe(jobs: Sequence[Work]) -> str:
     lines = [f"{'bucket':>16} {'clips':>7} {'tokens':>7} {'MB':>9}  cache"]
     for work in jobs:
-        chosen = [bucket for clip in work.clips for bucket in clip.buckets]
+        chosen = [clip.bucket for clip in work.clips]
         for bucket in sorted(set(chosen)):
             count = chosen.count(bucket)
             lines.append(
