@@ -26,7 +26,8 @@ LAYERS = [
     {"wan22_jax.data.buckets", "wan22_jax.data.cache", "wan22_jax.training.optimizer"}
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
-    {"wan22_jax.data.loader", "wan22_jax.checkpoint"},
+    {"wan22_jax.data.loader", "wan22_jax.checkpoint", "wan22_jax.data.preflight_page"},
+    {"wan22_jax.data.preflight"},
     {"wan22_jax.adapter", "wan22_jax.config"},
     {"wan22_jax.dataset"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.config import ClipMode, load_config, load_dataset
+from wan22_jax.config import ClipMode, TrainConfig, load_config, load_dataset
 from wan22_jax.data import cache
 from wan22_jax.data.cache import (
     SHARD_BYTES,
@@ -30,12 +30,13 @@ from wan22_jax.data.cache import (
     open_writer,
 )
 from wan22_jax.data.companions import read_mask
+from wan22_jax.data.preflight import Epoch, choose_exit_code, report_dataset
 from wan22_jax.data.probed import check_stamp
 from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
 from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, read_directories
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.geometry import LATENT_CHANNELS, TIME_STRIDE, Bucket
+from wan22_jax.geometry import TIME_STRIDE
 from wan22_jax.model.vae import WanVAE
 from wan22_jax.model_folder import (
     load_text_encoder,
@@ -69,8 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="leave out clips that no bucket takes instead of stopping",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be cached and trained and what not, and write that as JSON and as an "
+        "HTML page into output_dir; exit code 1 if clips would be lost, 2 if files are broken",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
-    return run_command(lambda: _run(parser.parse_args(argv)))
+    arguments, exit_code = parser.parse_args(argv), 0
+
+    def run() -> None:
+        nonlocal exit_code
+        exit_code = _run(arguments)
+
+    return run_command(run) or exit_code
 
 
 def encode_dataset(
@@ -127,8 +140,10 @@ def encode_dataset(
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return choose_exit_code(_report(config), allow_drop=arguments.allow_drop)
     encode_dataset(
         Path(config.dataset),
         Path(config.model.ckpt_path),
@@ -136,6 +151,20 @@ def _run(arguments: argparse.Namespace) -> None:
         clip_mode=config.video_clip_mode,
         uncond_fraction=config.uncond_fraction,
         allow_drop=arguments.allow_drop,
+    )
+    return 0
+
+
+def _report(config: TrainConfig) -> dict[str, Any]:
+    dataset = Path(config.dataset)
+    directories = read_directories(dataset, clip_mode=config.video_clip_mode)
+    per_step = config.micro_batch * config.gradient_accumulation_steps
+    return report_dataset(
+        [(directory.folder, directory.num_repeats) for directory in directories],
+        Epoch(per_step, load_dataset(dataset).subsample_ratio),
+        title=f"Preflight of {dataset}",
+        into=Path(config.output_dir),
+        print_line=_print,
     )
 
 
@@ -239,13 +268,8 @@ def _name_mask(clip: SourceClip) -> str | None:
     return make_mask_key(clip.mask_digest, clip.bucket)
 
 
-def _count_bytes(bucket: Bucket) -> int:
-    time, rows, columns = bucket.latent_TYX
-    return time * rows * columns * LATENT_CHANNELS * 2  # bfloat16
-
-
 def _check_space(work: Work) -> None:
-    needed = sum(_count_bytes(clip.bucket) for clip, _ in _list_missing([work]))
+    needed = sum(clip.bucket.num_bytes for clip, _ in _list_missing([work]))
     needed += min(needed, SHARD_BYTES)  # records lie there twice while a shard is written
     free = shutil.disk_usage(work.cache.folder).free
     if needed > free:
@@ -263,9 +287,14 @@ def _describe(jobs: Sequence[Work]) -> str:
             count = chosen.count(bucket)
             lines.append(
                 f"{bucket!s:>16} {count:>7} {bucket.num_tokens:>7} "
-                f"{count * _count_bytes(bucket) / 1e6:>9.1f}  {work.cache.folder}"
+                f"{count * bucket.num_bytes / 1e6:>9.1f}  {work.cache.folder}"
             )
     return "\n".join(lines) + "\n"
+
+
+def _print(line: str) -> None:
+    printable = line.encode(errors="replace").decode()  # a file name may be no UTF-8
+    tqdm.write(printable, file=sys.stdout)
 
 
 def _warn(line: str) -> None:
