@@ -344,7 +344,7 @@ def test_a_long_page_ends(messy, tmp_path, monkeypatch):
     page = Reader(Run(tmp_path / "run", messy).page)
     words = "".join(page.words)
     assert "and 17 more" in words
-    assert "20 files used" in words
+    assert "Files used: 20" in words
     assert 3 <= len(page.links) <= 8
 
 

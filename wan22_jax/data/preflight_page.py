@@ -21,7 +21,8 @@ from wan22_jax.geometry import FPS, Bucket
 ROWS_PER_VERDICT = 5000
 THUMBNAILS = 24  # per bucket, and per verdict of what is left out
 THUMBNAIL_PX = 112
-_VERDICTS = ("error", "dropped", "skipped", "used")  # worst first
+# Worst first, with what each is called on the page.
+_VERDICTS = {"error": "broken", "dropped": "dropped", "skipped": "skipped", "used": "used"}
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -35,7 +36,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; }
 th { background: var(--soft); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.path { overflow-wrap: anywhere; } td.thumb { width: 7rem; }
+td.path { overflow-wrap: anywhere; min-width: 15rem; } td.thumb { width: 7rem; }
 img { display: block; max-width: 7rem; border-radius: .25rem; }
 .error, .dropped, .skipped, .used { font-weight: 600; }
 .error { color: #d33; } .dropped { color: #d70; } .skipped { color: #888; } .used { color: #2a2; }
@@ -78,7 +79,7 @@ class Page:
             f"<style>{_STYLE}</style>\n<h1>{name}</h1>\n"
         )
         cards = {
-            **{f"files {verdict}": totals["files"][verdict] for verdict in reversed(_VERDICTS)},
+            **{f"files {_VERDICTS[v]}": totals["files"][v] for v in reversed(_VERDICTS)},
             "clips": totals["clips"],
             "clips a step": totals["clips_per_step"],
             "steps an epoch": totals["steps_per_epoch"],
@@ -90,7 +91,7 @@ class Page:
         _write_buckets(file, buckets)
         for verdict in _VERDICTS:
             if rows := self._rows[verdict]:
-                file.write(f"<h2>{self._seen[verdict]} files {verdict}</h2>\n")
+                file.write(f"<h2>Files {_VERDICTS[verdict]}: {self._seen[verdict]}</h2>\n")
                 file.write(f'<table class="files">{_FILE_HEAD}\n')
                 file.writelines(rows)
                 file.write("</table>\n")
