@@ -426,6 +426,29 @@ def test_a_file_that_changes_under_the_reader_is_an_error(data, monkeypatch):
     assert outcome.reason == f"{path}: changed while it was read; run the same command again"
 
 
+def test_two_runs_learn_side_by_side(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("x")
+    stamps = {path: read_stamp(path)}
+    with Facts(tmp_path / "cache") as one, Facts(tmp_path / "cache") as other:
+        for number in range(50):
+            one.recall(f"one {number}", stamps, lambda n=number: n)
+            other.recall(f"other {number}", stamps, lambda n=number: n)
+    with Facts(tmp_path / "cache") as facts:
+        for name in ("one", "other"):
+            for number in range(50):
+                assert facts.recall(f"{name} {number}", stamps, lambda: "forgotten") == number
+
+
+def test_what_is_no_file_does_not_keep_the_reader_waiting(data):
+    data.video("a.mp4")
+    os.mkfifo(data.folder / "pipe.mp4")
+    (data.folder / "gone.mp4").symlink_to("nowhere.mp4")
+    found = data.survey()
+    assert found["pipe.mp4"].reason.endswith("pipe.mp4: is not a file; remove it")
+    assert found["gone.mp4"].reason.endswith("cannot be read (No such file or directory)")
+
+
 def test_facts_do_not_pile_up(tmp_path):
     path = tmp_path / "a"
     for number in range(150):

@@ -1,8 +1,10 @@
 import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from make_clips import grey_of, read_grey, write_image, write_video
 from PIL import Image, ImageOps
 
@@ -118,7 +120,41 @@ def test_frames_outside_the_edit_list_do_not_count(tmp_path):
     path.write_bytes(data)
     info = probe(path)
     assert info.frames == 30
-    assert read_clip(path, info, Bucket(64, 32, 29)).shape[0] == 29
+    clip_TYX3 = read_clip(path, info, Bucket(64, 32, 29))
+    assert clip_TYX3.shape[0] == 29
+    later_TYX3 = read_clip(path, info, Bucket(64, 32, 5), start=24)
+    np.testing.assert_array_equal(later_TYX3, clip_TYX3[24:])
+
+
+def test_where_seeking_fails_decoding_starts_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.mkv"
+    write_video(path, 60, gop=10)
+    info = probe(path)
+    expected_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=33)
+    seconds, wrong = video._seconds, iter([7.0])
+    # As after a seek into an open group of pictures: a frame whose time is not that of any.
+    monkeypatch.setattr(video, "_seconds", lambda pts, stream: next(wrong, seconds(pts, stream)))
+    again_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=33)
+    assert next(wrong, None) is None
+    np.testing.assert_array_equal(again_TYX3, expected_TYX3)
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=48000)
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "rgb24"
+        cover.disposition = Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate = 48000
+        container.mux([*sound.encode(silence), *sound.encode()])
+        picture = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
+        container.mux([*cover.encode(picture), *cover.encode()])
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(BadInput, match="has no video stream"):
+        probe(path)
 
 
 def test_crop_is_cover_centre_bicubic(tmp_path):

@@ -8,6 +8,7 @@ again.
 
 import json
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Callable
@@ -28,11 +29,13 @@ class Stamp(NamedTuple):
 
 
 def read_stamp(path: Path) -> Stamp:
-    """Reads the stamp of a file; raises BadInput if it cannot be read."""
+    """Reads the stamp of a file; raises BadInput if it cannot be read, or is a pipe or device."""
     try:
         status = path.stat()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting
+        raise BadInput(f"{path}: is not a file; remove it")
     return Stamp(status.st_size, status.st_mtime_ns)
 
 

@@ -6,6 +6,7 @@ there, rotation and EXIF orientation count in the size too, files of uneven rate
 their time stamps, and only frames in use are kept.
 """
 
+import functools
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import av
 import av.error
 import numpy as np
+from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from wan22_jax.errors import BadInput
@@ -183,7 +185,7 @@ def _find_uneven_step(times: Sequence[int | None]) -> Fraction | None:
 
 
 def _read_video(path: Path, info: MediaInfo, bucket: Bucket, start: int) -> np.ndarray:
-    times = _list_times(path) if start or info.is_uneven else []
+    times = _list_times(path, path.stat().st_mtime_ns) if start or info.is_uneven else []
     wanted = _choose_frames(info, times)[start : start + bucket.frames]
     if len(wanted) < bucket.frames:
         raise BadInput(
@@ -259,7 +261,8 @@ def _decode_near(
                 yield index, frame
 
 
-def _list_times(path: Path) -> list[float]:
+@functools.lru_cache(8)  # several clips of one file follow each other
+def _list_times(path: Path, mtime_ns: int) -> list[float]:  # noqa: ARG001 (part of the key)
     """Lists when each frame shows, ascending; empty if the file does not say for each."""
     with _open_video(path) as (container, stream):
         packets = (p for p in container.demux(stream) if p.size and not p.is_discard)
@@ -282,9 +285,11 @@ _LENIENT: dict[str, Any] = (
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path), **_LENIENT) as container:
-            if not container.streams.video:
+            cover = Disposition.attached_pic  # of a song, or a poster
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            if not streams:
                 raise BadInput(f"{path}: has no video stream; remove it")
-            yield container, container.streams.video[0]
+            yield container, streams[0]
     # IndexError: PyAV meets a stream that turns up in the middle of the file.
     except (av.error.FFmpegError, IndexError, ValueError, ArithmeticError, MemoryError) as error:
         raise BadInput(
