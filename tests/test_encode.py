@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_preflight as messy
 from make_clips import write_image, write_video
 
 from convert.weights import main as convert
@@ -205,6 +206,26 @@ def test_allow_drop_leaves_out_what_is_too_short(place, capsys):
     assert place.run("--allow-drop") == 0
     assert "warning: left out: " in capsys.readouterr().err
     assert set(place.stored()) == {"b.mp4", "c.png"}
+
+
+def test_a_messy_folder_is_cached_as_its_preflight_says(place, counted, capsys):
+    messy.write_messy_folder(place.clips)
+    place.write_dataset(messy.SHAPES)
+    assert place.run("--dry-run", f"output_dir={place.config.parent}") == 2
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run() == 2  # what is broken stops it, whatever may be dropped
+    assert place.run("--allow-drop") == 2
+    assert "10 of 33 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    for file in messy.BROKEN:
+        (place.clips / file).unlink()
+    assert place.run() == 2
+    assert "3 of 23 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run("--allow-drop") == 0
+    assert (counted.captions, counted.clips) == (1, 20)
+    ((cache, _),) = place.open()
+    expected = {file: row[0] for file, row in messy.GOOD.items()} | messy.IMAGES
+    assert {clip.file: str(clip.bucket) for clip in cache.clips} == expected
 
 
 def test_a_file_that_changes_after_the_survey_is_refused(place, monkeypatch, capsys):

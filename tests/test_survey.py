@@ -10,7 +10,7 @@ import pytest
 from make_clips import write_image, write_video
 from PIL import Image
 
-from wan22_jax.data import survey
+from wan22_jax.data import probed, survey
 from wan22_jax.data.companions import check_first_frame, read_mask
 from wan22_jax.data.cuts import CutRule, choose_starts, name_cut, retime
 from wan22_jax.data.probed import FACTS_FILE, Facts, read_stamp
@@ -424,6 +424,18 @@ def test_a_file_that_changes_under_the_reader_is_an_error(data, monkeypatch):
     outcome = data.survey()["a.mp4"]
     assert outcome.verdict == "error"
     assert outcome.reason == f"{path}: changed while it was read; run the same command again"
+
+
+def test_facts_of_another_version_are_learnt_again(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("x")
+    stamps = {path: read_stamp(path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(probed, "_VERSION", 2)
+        with Facts(tmp_path / "cache") as facts:
+            facts.recall("a", stamps, lambda: "of tomorrow")
+    with Facts(tmp_path / "cache") as facts:
+        assert facts.recall("a", stamps, lambda: "of today") == "of today"
 
 
 def test_two_runs_learn_side_by_side(tmp_path):

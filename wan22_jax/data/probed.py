@@ -101,9 +101,10 @@ class Facts:
         checksum, _, body = line.rstrip(b"\n").partition(b" ")
         if not body or checksum != _checksum(body):
             return
-        version, what, stamps, fact = json.loads(body)
         self._num_lines += 1
+        version, *rest = json.loads(body)
         if version == _VERSION:
+            what, stamps, fact = rest
             self._known[what] = stamps, fact
 
     def _append(self, what: str, stamps: list[list[int]], fact: Any) -> None:
