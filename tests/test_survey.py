@@ -16,7 +16,7 @@ from wan22_jax.data.cuts import CutRule, choose_starts, name_cut, retime
 from wan22_jax.data.probed import FACTS_FILE, Facts, read_stamp
 from wan22_jax.data.survey import survey_folder, take_clips
 from wan22_jax.data.video import MediaInfo, probe, read_clip
-from wan22_jax.dataset import read_directories
+from wan22_jax.dataset import choose_uncond_fraction, read_directories
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 
@@ -328,6 +328,12 @@ def test_settings_that_cannot_be_met(data, keys, message):
     with pytest.raises(BadInput) as refusal:
         data.directories(keys)
     assert message in str(refusal.value)
+
+
+def test_caption_dropout_of_the_dataset_file_wins(data):
+    for top, expected in ((SHAPES, 0.25), (f"{SHAPES}\nuncond_fraction = 0", 0)):
+        data.directories(top=top)
+        assert choose_uncond_fraction(data.toml, in_main_file=0.25) == expected
 
 
 def test_a_missing_mask_folder_is_named(data):

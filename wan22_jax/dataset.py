@@ -79,6 +79,12 @@ def read_directories(
     return directories
 
 
+def choose_uncond_fraction(dataset_file: Path, *, in_main_file: float | int) -> float | int:
+    """Returns the share of captions to replace by '': the dataset file's, or the main file's."""
+    own = load_dataset(dataset_file).uncond_fraction
+    return in_main_file if own is None else own
+
+
 def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float | int]]:
     """Opens every directory's cache, each with its ``num_repeats``.
 

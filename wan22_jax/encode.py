@@ -34,7 +34,7 @@ from wan22_jax.data.preflight import Epoch, choose_exit_code, report_dataset
 from wan22_jax.data.probed import check_stamp
 from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
 from wan22_jax.data.video import read_clip
-from wan22_jax.dataset import Directory, read_directories
+from wan22_jax.dataset import Directory, choose_uncond_fraction, read_directories
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import TIME_STRIDE
 from wan22_jax.model.vae import WanVAE
@@ -92,7 +92,7 @@ def encode_dataset(
     *,
     regenerate: bool = False,
     clip_mode: ClipMode = "single_beginning",
-    uncond_fraction: float = 0.0,
+    uncond_fraction: float | int = 0,
     allow_drop: bool = False,
 ) -> None:
     """Brings the caches of a dataset file up to date with its folders.
@@ -111,8 +111,8 @@ def encode_dataset(
     claim_gpu()
     keep_compiled()
     directories = read_directories(dataset_file, clip_mode=clip_mode)
-    own_fraction = load_dataset(dataset_file).uncond_fraction
-    more_captions = [""] if (uncond_fraction if own_fraction is None else own_fraction) else []
+    uncond_fraction = choose_uncond_fraction(dataset_file, in_main_file=uncond_fraction)
+    more_captions = [""] if uncond_fraction else []
     encoders = name_encoders(read_model_card(model).digests)
     surveys = [
         take_clips(
