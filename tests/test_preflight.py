@@ -1,6 +1,7 @@
 """``wan22-cache --dry-run`` on a messy folder; every count here was made by hand."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -149,7 +150,8 @@ class Run:
         self.code = encode.main(["--config", str(config), "--dry-run", *arguments])
         written = self.out / "preflight.json"
         self.report = json.loads(written.read_text()) if written.is_file() else None
-        self.page = (self.out / "preflight.html").read_text("utf-8") if self.report else None
+        page = self.out / "preflight.html"
+        self.page = page.read_text("utf-8") if page.is_file() else None
         assert not list(place.rglob("*.partial"))
 
     @property
@@ -346,6 +348,17 @@ def test_a_long_page_ends(messy, tmp_path, monkeypatch):
     assert "and 17 more" in words
     assert "Files used: 20" in words
     assert 3 <= len(page.links) <= 8
+
+
+def test_a_full_disk_leaves_no_half_report(sound, tmp_path, monkeypatch, capsys):
+    def fill_disk(*_args, **_keys):
+        raise OSError(errno.ENOSPC, "No space left on device", "preflight.html")
+
+    monkeypatch.setattr(preflight_page.Page, "write", fill_disk)
+    run = Run(tmp_path / "run", sound, arguments=["--allow-drop"])
+    assert run.code == 2
+    assert "the disk is full while writing preflight.html" in capsys.readouterr().err
+    assert [path.name for path in run.out.iterdir()] == ["preflight.json"]
 
 
 def test_a_second_dry_run_probes_nothing(sound, tmp_path, monkeypatch):

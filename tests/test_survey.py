@@ -1,5 +1,6 @@
 """What a folder yields under each option of the dataset file."""
 
+import errno
 import json
 import os
 from fractions import Fraction
@@ -456,6 +457,18 @@ def test_two_runs_learn_side_by_side(tmp_path):
         for name in ("one", "other"):
             for number in range(50):
                 assert facts.recall(f"{name} {number}", stamps, lambda: "forgotten") == number
+
+
+def test_a_file_that_may_not_be_read_is_an_error(data, monkeypatch):
+    path = data.video("a.mp4")
+
+    def deny(path_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path_))
+
+    monkeypatch.setattr(survey, "digest_file", deny)
+    outcome = data.survey()["a.mp4"]
+    assert outcome.verdict == "error"
+    assert outcome.reason == f"{path}: cannot be read (Permission denied)"
 
 
 def test_what_is_no_file_does_not_keep_the_reader_waiting(data):

@@ -18,8 +18,8 @@ from wan22_jax.data.video import IMAGE_SUFFIXES, MediaInfo, open_image, read_cli
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import SPACE_STRIDE, Bucket
 
-# Of the mean difference of 64 x 64 pixels in 0..255. Codecs stay below 4; another frame of the
-# same scene is above as soon as something moves.
+# Of the mean difference of 64 x 64 pixels in 0..255. H.264 at CRF 30 costs coloured noise 3, at CRF
+# 40 it costs 7; the same noise moved by 8 of 640 pixels differs by 16.
 FIRST_FRAME_TOLERANCE = 8
 _COMPARED = Bucket(64, 64, 1)
 
