@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_preflight as messy
 from make_clips import write_image, write_video
+from PIL import Image
 
 from convert.weights import main as convert
 from wan22_jax import encode
 from wan22_jax.data.cache import make_text_key, name_encoders
+from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
@@ -67,9 +71,11 @@ class Place:
     def run(self, *arguments):
         return encode.main(["--config", str(self.config), *arguments])
 
+    def encoders(self):
+        return name_encoders(read_model_card(self.model).digests)
+
     def open(self):
-        encoders = name_encoders(read_model_card(self.model).digests)
-        return open_caches(self.dataset, encoders=encoders)
+        return open_caches(self.dataset, encoders=self.encoders())
 
     def stored(self):
         ((cache, _),) = self.open()
@@ -167,6 +173,80 @@ def test_only_what_changed_is_encoded(place, counted):
     assert (counted.captions, counted.clips) == (7, 13)
 
 
+def test_clips_and_captions_of_one_file_are_encoded_one_by_one(place, counted):
+    place.fill()
+    captions = {"a.mp4": ["one, two, three", "other"], "b.mp4": ["b"], "c.png": ["c"]}
+    (place.clips / "captions.json").write_text(json.dumps(captions))
+    keys = "resolutions = [32]\nframe_buckets = [5]\ncaption_prefix = 'P '\nuncond_fraction = 0.1"
+    place.write_dataset(keys + "\nvideo_clip_mode = 'uniform'\nclips_per_video = 3")
+    assert place.run() == 0
+    # 12 and 16 frames at 24 fps: three starts each
+    assert counted.clips == 3 + 3 + 1
+    assert counted.captions == 4
+    ((cache, _),) = place.open()
+    assert [(clip.file, clip.start) for clip in cache.clips] == [
+        *(("a.mp4", start) for start in (0, 3, 7)),
+        *(("b.mp4", start) for start in (0, 5, 11)),
+        ("c.png", 0),
+    ]
+    assert cache.clips[0].text_keys == tuple(map(make_text_key, ["P one, two, three", "P other"]))
+    with open_writer(cache.folder, encoders=place.encoders()) as writer:
+        assert make_text_key("") in writer  # for uncond_fraction
+    vae = load_vae(place.model)
+    path = place.clips / "b.mp4"
+    pixels_TYX3 = read_clip(path, probe(path), BUCKET._replace(frames=16))[5:10]
+    expected_TYXC = encode.encode_pixels(vae, pixels_TYX3)
+    got_TYXC = cache.read(4).latents_TYXC.astype(np.float32)
+    np.testing.assert_allclose(got_TYXC, expected_TYXC, rtol=2**-8, atol=2e-5)
+    place.write_dataset("resolutions = [32]\nframe_buckets = [5]\ncaption_prefix = 'P '")
+    assert place.run() == 0
+    assert counted.clips == 3 + 3 + 1 + 1  # the last is of this test: first clips were there
+
+
+def test_allow_drop_leaves_out_what_is_too_short(place, capsys):
+    place.fill()
+    _short(place)
+    assert place.run() == 2
+    assert "too short" in capsys.readouterr().err
+    assert place.run("--allow-drop") == 0
+    assert "warning: left out: " in capsys.readouterr().err
+    assert set(place.stored()) == {"b.mp4", "c.png"}
+
+
+def test_a_messy_folder_is_cached_as_its_preflight_says(place, counted, capsys):
+    messy.write_messy_folder(place.clips)
+    place.write_dataset(messy.SHAPES)
+    assert place.run("--dry-run", f"output_dir={place.config.parent}") == 2
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run() == 2  # what is broken stops it, whatever may be dropped
+    assert place.run("--allow-drop") == 2
+    assert "10 of 33 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    for file in messy.BROKEN:
+        (place.clips / file).unlink()
+    assert place.run() == 2
+    assert "3 of 23 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run("--allow-drop") == 0
+    assert (counted.captions, counted.clips) == (1, 20)
+    ((cache, _),) = place.open()
+    expected = {file: row[0] for file, row in messy.GOOD.items()} | messy.IMAGES
+    assert {clip.file: str(clip.bucket) for clip in cache.clips} == expected
+
+
+def test_a_file_that_changes_after_the_survey_is_refused(place, monkeypatch, capsys):
+    place.fill()
+    read = encode.read_clip
+
+    def meddle(path, info, bucket, *, start):
+        pixels_TYX3 = read(path, info, bucket, start=start)
+        os.utime(path, ns=(0, 1))
+        return pixels_TYX3
+
+    monkeypatch.setattr(encode, "read_clip", meddle)
+    assert place.run() == 2
+    assert "changed while it was read" in capsys.readouterr().err
+
+
 def test_stopped_run_continues(place, counted, monkeypatch):
     place.fill()
     spied = encode.encode_pixels
@@ -235,7 +315,7 @@ def _no_folder(place):
 
 
 def _captions_json(place):
-    (place.clips / "captions.json").write_text("{}")
+    (place.clips / "captions.json").write_text('{"a.mp4": ["a"], "b.mp4": ["b"]}')
 
 
 @pytest.mark.parametrize(
@@ -247,7 +327,7 @@ def _captions_json(place):
         (_short, "a.mp4: too short: 4 frames at 24 fps, the shortest video bucket needs 5"),
         (_empty_folder, "holds no videos or images; put clips"),
         (_no_folder, "no such folder; correct path"),
-        (_captions_json, "captions.json: is not supported by this version yet"),
+        (_captions_json, "clips/captions.json: caption missing; write it, remove c.png"),
     ],
 )
 def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spoil, message):
@@ -259,7 +339,8 @@ def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spo
     assert str(place.clips) in last_line
     assert message in last_line
     assert (counted.captions, counted.clips) == (0, 0)
-    assert not (place.clips / "cache").exists()
+    left = [path.name for path in (place.clips / "cache").rglob("*") if path.is_file()]
+    assert left in ([], ["probed.jsonl"])
 
 
 def test_many_problems_are_counted_in_one_line(place, capsys):
@@ -282,7 +363,7 @@ def test_what_is_left_out_is_said(place, capsys):
     (place.clips / "meta.json").write_text("{}")
     assert place.run() == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "more", "z.txt"]
+    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "z.txt", "more"]
 
 
 def test_full_disk_is_said_before_encoding(place, counted, capsys, monkeypatch):
@@ -373,3 +454,23 @@ def test_show_batch(place, capsys):
     assert "epoch 2, 1 of 3" in capsys.readouterr().out
     assert place.run("--show-batch", "0") == 2
     assert "steps count from 1" in capsys.readouterr().err
+
+
+def test_masks_go_from_a_picture_to_a_batch(place):
+    place.fill()
+    masks = place.clips.parent / "masks"
+    masks.mkdir()
+    left_half = np.zeros((64, 96, 3), np.uint8)
+    left_half[:, :48] = 255
+    Image.fromarray(left_half).save(masks / "a.png")
+    place.write_dataset("resolutions = [32]\nframe_buckets = [5]")
+    place.dataset.write_text(f"{place.dataset.read_text()}mask_path = '{masks}'\n")
+    assert place.run() == 0
+    loader = make_loader(place.open(), seed=0, micro_batch=2, accumulation=1)
+    batch, bucket, clips = loader[0]
+    assert bucket == BUCKET
+    assert batch.mask_ABYX.shape == (1, 2, 2, 2)
+    for number, clip in enumerate(clips):
+        expected = [[1, 0], [1, 0]] if clip == "a.mp4" else np.ones((2, 2))
+        np.testing.assert_array_equal(batch.mask_ABYX[0, number].astype(np.float32), expected)
+    assert place.run("--verify") == 0

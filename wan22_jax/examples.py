@@ -9,7 +9,7 @@ import numpy as np
 from wan22_jax.config import TrainConfig, load_dataset
 from wan22_jax.data.cache import name_encoders
 from wan22_jax.data.loader import Loader, make_loader
-from wan22_jax.dataset import open_caches
+from wan22_jax.dataset import choose_uncond_fraction, open_caches
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
@@ -23,13 +23,14 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
     Raises:
         BadInput: as ``open_caches`` and ``make_loader``.
     """
+    dataset = Path(config.dataset)
     return make_loader(
-        open_caches(Path(config.dataset), encoders=name_encoders(card.digests)),
+        open_caches(dataset, encoders=name_encoders(card.digests)),
         seed=config.seed,
         micro_batch=config.micro_batch,
         accumulation=config.gradient_accumulation_steps,
-        subsample_ratio=load_dataset(Path(config.dataset)).subsample_ratio,
-        uncond_fraction=config.uncond_fraction or 0,
+        subsample_ratio=load_dataset(dataset).subsample_ratio,
+        uncond_fraction=choose_uncond_fraction(dataset, in_main_file=config.uncond_fraction),
     )
 
 
