@@ -1,7 +1,10 @@
+import errno
+import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +19,7 @@ from wan22_jax.data.cache import (
 )
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.index import NOWHERE, ClipEntry, KeySet, pack_keys, unpack_key
+from wan22_jax.data.upkeep import collect_garbage
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 
@@ -334,3 +338,45 @@ def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
         check_readable(mount, done)
     finally:
         subprocess.run(["umount", "-l", mount], check=False)
+
+
+@pytest.mark.parametrize("what", ["index", "collecting"])
+def test_full_disk_leaves_the_old_index_whole(tmp_path, capsys, what):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        fill(mount, range(4), shard_bytes=4000)
+        fill(mount, [0, 1], shard_bytes=4000)
+        with open_writer(mount, encoders=ENCODERS) as writer:
+            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+            (mount / "theirs").write_bytes(bytes(free - 4096))
+            entries = [entry_of(number) for number in (0, 1, 2, 3) * 50]
+            code = run_command(
+                partial(writer.finish, entries, buckets=[BUCKET])
+                if what == "index"
+                else partial(collect_garbage, mount)
+            )
+        error = capsys.readouterr().err
+        assert code == 2
+        assert re.fullmatch(r"error: the disk is full while writing \S+; free .*again\n", error)
+        check_readable(mount, [0, 1])
+        (mount / "theirs").unlink()
+        fill(mount, [0, 1, 2], shard_bytes=4000)
+        assert not list(mount.rglob("*.partial"))
+        check_readable(mount, [0, 1, 2])
+    finally:
+        subprocess.run(["umount", "-l", mount], check=False)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
