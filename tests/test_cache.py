@@ -167,12 +167,28 @@ def test_a_record_that_was_not_added_is_a_fault(tmp_path):
     assert not (tmp_path / "clips.index").exists()
 
 
+def test_no_shard_takes_the_name_of_one_that_was_deleted(tmp_path):
+    """Or else the old index would take its records for others."""
+    fill(tmp_path, [0, 1])
+    for path in tmp_path.glob("0000-00000.*"):
+        path.unlink()
+    with open_writer(tmp_path, encoders=ENCODERS, shard_bytes=1) as writer:
+        add_clip(writer, 1)  # and then the run is killed
+    assert not list(tmp_path.glob("0000-00000.*"))
+    with pytest.raises(BadInput, match=r"0000-00000\.array_record: is gone"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
+
+
 def test_a_damaged_index_is_named(tmp_path):
     fill(tmp_path, [0])
     for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):
         (tmp_path / "clips.index").write_bytes(damage)
         with pytest.raises(BadInput, match=r"clips\.index: is damaged .*run wan22-cache"):
             open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
 
 
 def test_keys_tell_contents_apart():

@@ -130,8 +130,9 @@ class Cache:
         return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
 
 
-# What reading a damaged record raises.
+# What reading a damaged record, or a damaged index, raises.
 DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)
+BAD_INDEX = (ValueError, KeyError)
 
 
 def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cache:
@@ -151,7 +152,7 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
         raise BadInput(f"{folder}: holds no complete cache; {REMEDY}")
     try:
         clips = Index(folder / INDEX)
-    except (ValueError, KeyError) as error:
+    except BAD_INDEX as error:
         raise BadInput(f"{folder / INDEX}: is damaged ({error}); {REMEDY} again") from None
     if set(clips.asked) != set(buckets):
         raise BadInput(
