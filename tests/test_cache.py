@@ -1,7 +1,10 @@
+import errno
+import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +19,7 @@ from wan22_jax.data.cache import (
 )
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.index import NOWHERE, ClipEntry, KeySet, pack_keys, unpack_key
+from wan22_jax.data.upkeep import collect_garbage
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 
@@ -163,12 +167,28 @@ def test_a_record_that_was_not_added_is_a_fault(tmp_path):
     assert not (tmp_path / "clips.index").exists()
 
 
+def test_no_shard_takes_the_name_of_one_that_was_deleted(tmp_path):
+    """Or else the old index would take its records for others."""
+    fill(tmp_path, [0, 1])
+    for path in tmp_path.glob("0000-00000.*"):
+        path.unlink()
+    with open_writer(tmp_path, encoders=ENCODERS, shard_bytes=1) as writer:
+        add_clip(writer, 1)  # and then the run is killed
+    assert not list(tmp_path.glob("0000-00000.*"))
+    with pytest.raises(BadInput, match=r"0000-00000\.array_record: is gone"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
+
+
 def test_a_damaged_index_is_named(tmp_path):
     fill(tmp_path, [0])
     for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):
         (tmp_path / "clips.index").write_bytes(damage)
         with pytest.raises(BadInput, match=r"clips\.index: is damaged .*run wan22-cache"):
             open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
 
 
 def test_keys_tell_contents_apart():
@@ -302,10 +322,10 @@ def test_damage_is_named_when_read(tmp_path):
     data[2000:2600] = bytes(600)
     shard.write_bytes(data)
     cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
-    with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*--regenerate_cache"):
+    with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*delete 0000-00000\.\* .*again"):
         cache.read(0)
     shard.unlink()
-    with pytest.raises(BadInput, match=r"array_record: is gone.*--regenerate_cache"):
+    with pytest.raises(BadInput, match=r"array_record: is gone.*delete 0000-00000\.\*"):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
 
 
@@ -334,3 +354,45 @@ def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
         check_readable(mount, done)
     finally:
         subprocess.run(["umount", "-l", mount], check=False)
+
+
+@pytest.mark.parametrize("what", ["index", "collecting"])
+def test_full_disk_leaves_the_old_index_whole(tmp_path, capsys, what):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        fill(mount, range(4), shard_bytes=4000)
+        fill(mount, [0, 1], shard_bytes=4000)
+        with open_writer(mount, encoders=ENCODERS) as writer:
+            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+            (mount / "theirs").write_bytes(bytes(free - 4096))
+            entries = [entry_of(number) for number in (0, 1, 2, 3) * 50]
+            code = run_command(
+                partial(writer.finish, entries, buckets=[BUCKET])
+                if what == "index"
+                else partial(collect_garbage, mount)
+            )
+        error = capsys.readouterr().err
+        assert code == 2
+        assert re.fullmatch(r"error: the disk is full while writing \S+; free .*again\n", error)
+        check_readable(mount, [0, 1])
+        (mount / "theirs").unlink()
+        fill(mount, [0, 1, 2], shard_bytes=4000)
+        assert not list(mount.rglob("*.partial"))
+        check_readable(mount, [0, 1, 2])
+    finally:
+        subprocess.run(["umount", "-l", mount], check=False)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])

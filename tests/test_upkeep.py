@@ -170,7 +170,7 @@ def test_wrong_records_are_named(tmp_path, spoil, messages):
     cache = open_it(tmp_path)
     found = verify_cache(cache)
     assert sorted(found.problems) == messages
-    with pytest.raises(BadInput, match=r"2 of 4 records are damaged: .*0\.mp4.*--regenerate_cache"):
+    with pytest.raises(BadInput, match=r"2 of 4 records are damaged: .*0\.mp4.*0000-00000\.\*"):
         describe_found(cache, found)
 
 
@@ -196,8 +196,34 @@ def test_bytes_that_changed_on_disk_are_found(tmp_path):
     data = bytearray(shard.read_bytes())
     data[2000] ^= 1
     shard.write_bytes(data)
-    (damage,) = verify_cache(open_it(tmp_path)).problems
+    found = verify_cache(open_it(tmp_path))
+    (damage,) = found.problems
     assert "cannot be read" in damage
+    assert found.shards == (shard.name,)
     shard.write_bytes(data[:100])
     (problem, *_) = verify_cache(open_it(tmp_path)).problems
     assert "cannot be read" in problem
+
+
+def test_what_was_in_a_damaged_shard_is_all_that_is_encoded_again(tmp_path):
+    """The advice that goes with damage, followed."""
+    fill(tmp_path, range(6), shard_bytes=4000)
+    shard = sorted(tmp_path.glob("*.array_record"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])
+    cache = open_it(tmp_path)
+    found = verify_cache(cache)
+    with pytest.raises(BadInput, match=rf"delete {shard.stem}\.\* there and run wan22-cache again"):
+        describe_found(cache, found)
+    for path in tmp_path.glob(f"{shard.stem}.*"):
+        path.unlink()
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        missing = [n for n in range(6) if not all(key in writer for key in entry_of(n).keys)]
+        assert 0 < len(missing) < 6
+        assert len(found.problems) == sum(
+            key not in writer for number in missing for key in entry_of(number).keys
+        )
+        for number in missing:
+            add_clip(writer, number)
+        writer.finish([entry_of(number) for number in range(6)], buckets=[BUCKET])
+    assert not verify_cache(open_it(tmp_path)).problems
+    check_readable(tmp_path, range(6))

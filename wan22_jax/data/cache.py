@@ -17,8 +17,9 @@ re-encodes one text and nothing else. ``cache_writer.py`` writes.
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +35,7 @@ CACHE_FOLDER = Path("cache", "wan2.2_5b")  # below the clips' folder, as in diff
 VERSION = 2  # of the layout above and of the way from file to pixels (data/video.py)
 HEADER, INDEX = "cache.json", "clips.index"
 REMEDY = "run wan22-cache on this dataset"
+T = TypeVar("T")
 MAX_OPEN_SHARDS = 128  # far below what a process may have open
 
 
@@ -88,26 +90,37 @@ class Cache:
             BadInput: its record is damaged.
         """
         mask_row = self.clips.mask_row(number)
-        try:
-            latents_TYXC = unpack_record(self.read_record(self.clips.latents_row(number)))
-            text_SE = unpack_record(self.read_record(self._text_row(number, caption)))
-            mask_YX = None if mask_row == NOWHERE else unpack_record(self.read_record(mask_row))
-        except DAMAGE as error:
-            raise self._damaged(number, error) from None
-        return CachedClip(latents_TYXC, text_SE, mask_YX)
+        return CachedClip(
+            self._read(number, self.clips.latents_row(number), unpack_record),
+            self._read(number, self._text_row(number, caption), unpack_record),
+            None if mask_row == NOWHERE else self._read(number, mask_row, unpack_record),
+        )
 
     def read_caption(self, number: int, *, caption: int | None = 0) -> str:
         """Reads the caption itself; arguments and exception are those of ``read``."""
-        try:
-            return unpack_note(self.read_record(self._text_row(number, caption)))
-        except DAMAGE as error:
-            raise self._damaged(number, error) from None
+        return self._read(number, self._text_row(number, caption), unpack_note)
 
     def read_record(self, row: int) -> bytes:
         """Reads a record; raises one of ``DAMAGE`` if it cannot be read."""
-        shard = int(np.searchsorted(self._end_row, row, side="right"))
+        shard = self._find_shard(row)
         begin = int(self._end_row[shard]) - self.clips.shards[shard].num_records
         return self._open(shard).read([row - begin])[0]
+
+    def name_shard(self, row: int) -> str:
+        """Names the file of a record."""
+        return self.clips.shards[self._find_shard(row)].name
+
+    def _find_shard(self, row: int) -> int:
+        return int(np.searchsorted(self._end_row, row, side="right"))
+
+    def _read(self, number: int, row: int, unpack: Callable[[bytes], T]) -> T:
+        try:
+            return unpack(self.read_record(row))
+        except DAMAGE as error:
+            raise BadInput(
+                f"{self.folder}: the record of {self.clips.file(number)} is damaged ({error}); "
+                f"{mend_shards([self.name_shard(row)])}"
+            ) from None
 
     def _text_row(self, number: int, caption: int | None) -> int:
         return self.uncond_row if caption is None else self.clips.text_rows(number)[caption]
@@ -116,15 +129,10 @@ class Cache:
         path = self.folder / self.clips.shards[shard].name
         return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
 
-    def _damaged(self, number: int, error: Exception) -> BadInput:
-        return BadInput(
-            f"{self.folder}: the record of {self.clips.file(number)} is damaged ({error}); "
-            "run wan22-cache with --regenerate_cache"
-        )
 
-
-# What reading a damaged record raises.
+# What reading a damaged record, or a damaged index, raises.
 DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)
+BAD_INDEX = (ValueError, KeyError)
 
 
 def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cache:
@@ -144,7 +152,7 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
         raise BadInput(f"{folder}: holds no complete cache; {REMEDY}")
     try:
         clips = Index(folder / INDEX)
-    except (ValueError, KeyError) as error:
+    except BAD_INDEX as error:
         raise BadInput(f"{folder / INDEX}: is damaged ({error}); {REMEDY} again") from None
     if set(clips.asked) != set(buckets):
         raise BadInput(
@@ -170,10 +178,16 @@ def check_header(folder: Path, *, encoders: str) -> None:
         )
 
 
+def mend_shards(names: Iterable[str]) -> str:
+    """Says what helps where shards are damaged."""
+    patterns = ", ".join(f"{Path(name).stem}.*" for name in names)
+    return f"delete {patterns} there and run wan22-cache again, which encodes what was in them"
+
+
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raises BadInput if a shard is not there."""
     if not (folder / shard.name).is_file():
-        raise BadInput(f"{folder / shard.name}: is gone; run wan22-cache with --regenerate_cache")
+        raise BadInput(f"{folder / shard.name}: is gone; {mend_shards([shard.name])}")
 
 
 def unpack_record(record: bytes) -> np.ndarray:

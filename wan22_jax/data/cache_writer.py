@@ -26,11 +26,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from wan22_jax.data.cache import HEADER, INDEX, VERSION, check_header, check_shard
+from wan22_jax.data.cache import BAD_INDEX, HEADER, INDEX, VERSION, check_header, check_shard
 from wan22_jax.data.index import (
     NOWHERE,
     PACKED,
     ClipEntry,
+    Index,
     KeySet,
     Shard,
     pack_keys,
@@ -221,9 +222,22 @@ def list_shards(folder: Path) -> list[tuple[Shard, np.ndarray]]:
 
 
 def name_shard(folder: Path, process: Process) -> Path:
-    """Names the next shard of a process."""
-    numbers = [int(path.stem[5:]) for path in folder.glob(f"{process.name}-*.keys")]
+    """Names the next shard of a process.
+
+    No name comes twice, not even that of a shard that somebody deleted: the index may still tell
+    what was in that one.
+    """
+    names = [path.name for path in folder.glob(f"{process.name}-*.keys")]
+    names += [name for name in _list_indexed(folder) if name.startswith(process.name)]
+    numbers = [int(Path(name).stem[5:]) for name in names]
     return folder / f"{process.name}-{max(numbers, default=-1) + 1:05d}.array_record"
+
+
+def _list_indexed(folder: Path) -> list[str]:
+    try:
+        return [shard.name for shard in Index(folder / INDEX).shards]
+    except (FileNotFoundError, *BAD_INDEX):  # there is none, or none that anybody could read
+        return []
 
 
 def write_shard(path: Path, records: Iterable[bytes], keys_R: np.ndarray, *, writer: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.data.cache import DAMAGE, INDEX, Cache, unpack_record
+from wan22_jax.data.cache import DAMAGE, INDEX, Cache, mend_shards, unpack_record
 from wan22_jax.data.cache_writer import (
     ALONE,
     SHARD_BYTES,
@@ -32,6 +32,7 @@ class Found(NamedTuple):
     num_bytes: int
     num_unused: int  # of the records, those that no clip needs
     problems: tuple[str, ...]  # a line for each damaged record
+    shards: tuple[str, ...]  # the files that hold these
 
 
 def verify_cache(cache: Cache) -> Found:
@@ -46,7 +47,7 @@ def verify_cache(cache: Cache) -> Found:
     clip_R[clips.latents_row_N] = np.arange(len(clips))
     masked = np.flatnonzero(clips.mask_row_N != NOWHERE)
     clip_R[clips.mask_row_N[masked]] = masked
-    num_records, num_bytes, problems = Counter(), 0, []
+    num_records, num_bytes, problems, shards = Counter(), 0, [], set()
     rows = tqdm(range(clips.num_records), desc="records", unit="record", disable=None)
     for row in rows:
         kind = clips.key(row).partition("-")[0]
@@ -62,8 +63,9 @@ def verify_cache(cache: Cache) -> Found:
         if problem:
             whose = "no clip" if number == NOWHERE else clips.file(number)
             problems.append(f"{kind} of {whose}: {problem}")
+            shards.add(cache.name_shard(row))
     unused = np.count_nonzero(~_find_used(cache))
-    return Found(dict(num_records), num_bytes, int(unused), tuple(problems))
+    return Found(dict(num_records), num_bytes, int(unused), tuple(problems), tuple(sorted(shards)))
 
 
 def collect_garbage(folder: Path, *, shard_bytes: int = SHARD_BYTES) -> int:
@@ -120,7 +122,7 @@ def describe_found(cache: Cache, found: Found) -> str:
         raise BadInput(
             f"{cache.folder}: {len(found.problems)} of {sum(found.num_records.values())} records "
             f"are damaged: {shown}{f'; and {more} more' if more > 0 else ''}; "
-            "run wan22-cache with --regenerate_cache"
+            f"{mend_shards(found.shards)}"
         )
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(found.num_records.items()))
     unused = f", {found.num_unused} unused (--gc drops them)" if found.num_unused else ""
