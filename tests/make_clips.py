@@ -1,5 +1,7 @@
 """Writes small media files whose pixels tell which frame they are."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,19 +19,31 @@ def write_video(
     codec: str = "libx264",
     options: dict[str, str] | None = None,
     seed: int = 0,
+    pix_fmt: str | None = None,
+    gop: int | None = None,
+    times: Sequence[int] | None = None,
 ) -> None:
-    """Writes grey frames of brightness ``grey_of(i, seed)``, near lossless, top left part white."""
+    """Writes grey frames of brightness ``grey_of(i, seed)``, near lossless, top left part white.
+
+    ``times`` says when each frame shows, in frames at ``fps``.
+    """
     width, height = size
-    pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+    even = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+    quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=fps, options={"crf": "2"})
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream = container.add_stream(codec, rate=fps, options={"crf": "2", **quiet})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt or even
+        if gop is not None:
+            stream.gop_size = gop
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for index in range(frames):
             pixels = np.full((height, width, 3), grey_of(index, seed), np.uint8)
             pixels[: height // 4, : width // 4] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, fps)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 

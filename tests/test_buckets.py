@@ -1,5 +1,7 @@
+from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from wan22_jax.data.buckets import assign_buckets, make_rule
@@ -78,6 +80,58 @@ def test_images_and_videos_do_not_share_buckets():
 def test_each_resolution_is_a_group():
     rule = rule_of(resolutions=[512, 256, 256])
     assert assign(media(64, 64), rule) == (Bucket(256, 256, 1), Bucket(512, 512, 1))
+
+
+def diffusion_pipes_bucket(width, height, at_24, side, ratios, lengths):
+    """Its bucket for one file and resolution, written anew from its description; None: dropped."""
+    errors = np.abs(np.log(width / height) - np.log(np.array(ratios)))
+    ratio = ratios[int(np.argmin(errors))]
+    area = side**2
+    wide = np.sqrt(area * ratio)
+    size = [
+        int((Decimal(float(x)) / 32).quantize(Decimal(1), ROUND_HALF_EVEN)) * 32
+        for x in (wide, area / wide)
+    ]
+    fitting = [length for length in sorted({1, *lengths}) if length <= at_24]
+    if not fitting or (at_24 > 1 and fitting[-1] == 1):
+        return None
+    return (*size, fitting[-1])
+
+
+def test_two_thousand_random_files_go_where_diffusion_pipe_puts_them():
+    rng = np.random.default_rng(0)
+    rates = [Fraction(24000, 1001), *map(Fraction, (8, 12, 16, 24, 25, 30, 50, 60, 120))]
+    dropped, seen = 0, set()
+    for number in range(2000):
+        if number % 20 == 0:
+            sides = sorted({int(x) * 32 for x in rng.integers(4, 40, 3)})
+            low, high = np.round(np.exp([rng.uniform(-1.5, -0.1), rng.uniform(0.1, 1.5)]), 3)
+            count = int(rng.integers(1, 12))
+            lengths = [int(4 * n + 1) for n in rng.integers(1, 31, 3)]
+            ratios = sorted({round(x, 3) for x in np.geomspace(low, high, count).tolist()})
+            rule = rule_of(
+                resolutions=sides,
+                frame_buckets=lengths,
+                enable_ar_bucket=True,
+                min_ar=float(low),
+                max_ar=float(high),
+                num_ar_buckets=count,
+            )
+        width, height = (int(x) for x in np.exp(rng.uniform(np.log(64), np.log(4096), 2)))
+        fps, frames = rates[rng.integers(len(rates))], int(rng.integers(2, 600))
+        is_image = rng.random() < 0.2
+        at_24 = 1 if is_image else int(frames * 24 / fps)
+        info = media(width, height) if is_image else media(width, height, frames, fps)
+        expected = [diffusion_pipes_bucket(width, height, at_24, r, ratios, lengths) for r in sides]
+        if None in expected:
+            dropped += 1
+            with pytest.raises(BadInput, match="too short"):
+                assign(info, rule)
+            continue
+        assert assign(info, rule) == tuple(dict.fromkeys(Bucket(*x) for x in expected))
+        seen.update(expected)
+    assert dropped > 50
+    assert len(seen) > 1000
 
 
 @pytest.mark.parametrize(

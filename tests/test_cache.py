@@ -1,20 +1,25 @@
+import errno
+import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from wan22_jax.data.cache import (
-    ClipEntry,
     make_latents_key,
+    make_mask_key,
     make_text_key,
     name_encoders,
     open_cache,
-    open_writer,
 )
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import NOWHERE, ClipEntry, KeySet, pack_keys, unpack_key
+from wan22_jax.data.upkeep import collect_garbage
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 
@@ -27,15 +32,22 @@ def arrays_of(number):
     return rng.normal(size=(2, 2, 4, 48)).astype(np.float32), rng.normal(size=(number % 5 + 1, 8))
 
 
+def latents_key_of(name):
+    return make_latents_key(name, BUCKET)
+
+
 def entry_of(number):
     return ClipEntry(
-        f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), make_text_key(f"{number}")
+        f"{number}.mp4",
+        BUCKET,
+        make_latents_key(f"{number}", BUCKET),
+        (make_text_key(f"{number}"),),
     )
 
 
 def add_clip(writer, number):
     entry = entry_of(number)
-    for key, array in zip((entry.latents_key, entry.text_key), arrays_of(number), strict=True):
+    for key, array in zip(entry.keys, arrays_of(number), strict=True):
         writer.add(key, array)
 
 
@@ -49,9 +61,11 @@ def fill(folder, numbers, **options):
 def check_readable(folder, numbers):
     cache = open_cache(folder, encoders=ENCODERS, buckets=[BUCKET])
     assert [clip.file for clip in cache.clips] == [f"{number}.mp4" for number in numbers]
-    for number, clip in zip(numbers, cache.clips, strict=True):
-        stored = cache.read(clip)
-        for array, expected in zip(stored, arrays_of(number), strict=True):
+    for index, number in enumerate(numbers):
+        assert cache.clips[index] == entry_of(number)
+        stored = cache.read(index)
+        assert stored.mask_YX is None
+        for array, expected in zip(stored[:2], arrays_of(number), strict=True):
             assert array.dtype == ml_dtypes.bfloat16
             np.testing.assert_array_equal(array, expected.astype(ml_dtypes.bfloat16))
 
@@ -60,7 +74,7 @@ def test_what_is_written_is_read(tmp_path):
     fill(tmp_path, range(7), shard_bytes=4000)
     check_readable(tmp_path, range(7))
     assert len(list(tmp_path.glob("*.array_record"))) > 1  # so reading crossed shards
-    assert not list(tmp_path.glob("pending/*"))
+    assert not list(tmp_path.glob("pending/*/*"))
 
 
 def test_shards_are_only_ever_added(tmp_path):
@@ -75,11 +89,127 @@ def test_shards_are_only_ever_added(tmp_path):
     check_readable(tmp_path, [0, 3])
 
 
+def test_captions_masks_and_starts_are_kept(tmp_path):
+    clips = [
+        ClipEntry(
+            f"clip {number} ä.mp4",
+            BUCKET,
+            make_latents_key(f"{number}", BUCKET, cut="uniform"),
+            tuple(make_text_key(f"{number}{letter}") for letter in "abc"[: number + 1]),
+            start=7 * number,
+            mask_key=make_mask_key(f"{number}", BUCKET) if number % 2 else None,
+        )
+        for number in range(3)
+    ]
+    with open_writer(tmp_path, encoders=ENCODERS, shard_bytes=3000) as writer:
+        for number, clip in enumerate(clips):
+            writer.add(clip.latents_key, np.full((2, 2, 4, 48), number))
+            for letter, key in zip("abc", clip.text_keys, strict=False):
+                writer.add(key, np.full((2, 8), ord(letter)), note=f"{number}{letter}")
+            if clip.mask_key:
+                writer.add(clip.mask_key, np.full((2, 4), 0.5))
+        writer.add(make_text_key(""), np.full((1, 8), 77))
+        writer.finish(clips, buckets=[BUCKET])
+    cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    assert list(cache.clips) == clips
+    assert cache.uncond_row != NOWHERE
+    for number, clip in enumerate(clips):
+        for caption in range(len(clip.text_keys)):
+            latents, text, mask = cache.read(number, caption=caption)
+            assert (latents == number).all()
+            assert (text == ord("abc"[caption])).all()
+            assert (mask is None) == (clip.mask_key is None)
+            assert mask is None or (mask.shape == (2, 4) and (mask == 0.5).all())
+            assert cache.read_caption(number, caption=caption) == f"{number}{'abc'[caption]}"
+        assert (cache.read(number, caption=None).text_SE == 77).all()
+        assert cache.read_caption(number, caption=None) == ""
+
+
+def test_an_earlier_version_is_refused_with_the_remedy(tmp_path):
+    fill(tmp_path, [0])
+    header = (tmp_path / "cache.json").read_text()
+    (tmp_path / "cache.json").write_text(header.replace('"version": 2', '"version": 1'))
+    for name in ("clips.json", "00000.json", "00000.array_record", "lock"):
+        (tmp_path / name).touch()
+    message = "cache version 1, this program writes 2; .*--regenerate_cache"
+    with pytest.raises(BadInput, match=message):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    with pytest.raises(BadInput, match=message), open_writer(tmp_path, encoders=ENCODERS):
+        pass
+    fill(tmp_path, [0, 1], regenerate=True)
+    check_readable(tmp_path, [0, 1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-00000.array_record",
+        "0000-00000.keys",
+        "cache.json",
+        "clips.index",
+        "lock-0000",
+        "pending",
+    ]
+
+
+def test_an_index_is_mapped_and_not_read(tmp_path):
+    fill(tmp_path, range(5))
+    index = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET]).clips
+    assert {"file", "keys_R", "latents_row_N", "text_row_C"} < set(index.arrays)
+    for array in index.arrays.values():
+        assert isinstance(array, np.memmap)
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+    assert index.find(entry_of(3).latents_key) == index.latents_row(3)
+
+
+def test_a_record_that_was_not_added_is_a_fault(tmp_path):
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        add_clip(writer, 0)
+        with pytest.raises(ValueError, match=entry_of(1).latents_key):
+            writer.finish([entry_of(0), entry_of(1)], buckets=[BUCKET])
+    assert not (tmp_path / "clips.index").exists()
+
+
+def test_no_shard_takes_the_name_of_one_that_was_deleted(tmp_path):
+    """Or else the old index would take its records for others."""
+    fill(tmp_path, [0, 1])
+    for path in tmp_path.glob("0000-00000.*"):
+        path.unlink()
+    with open_writer(tmp_path, encoders=ENCODERS, shard_bytes=1) as writer:
+        add_clip(writer, 1)  # and then the run is killed
+    assert not list(tmp_path.glob("0000-00000.*"))
+    with pytest.raises(BadInput, match=r"0000-00000\.array_record: is gone"):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    fill(tmp_path, [0])
+    for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):
+        (tmp_path / "clips.index").write_bytes(damage)
+        with pytest.raises(BadInput, match=r"clips\.index: is damaged .*run wan22-cache"):
+            open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])
+
+
 def test_keys_tell_contents_apart():
     other = BUCKET._replace(frames=9)
     assert make_latents_key("a", BUCKET) != make_latents_key("b", BUCKET)
     assert make_latents_key("a", BUCKET) != make_latents_key("a", other)
+    assert make_latents_key("a", BUCKET) != make_latents_key("a", BUCKET, cut="single_middle")
     assert make_text_key("a") != make_text_key("b")
+    assert make_mask_key("a", BUCKET) == make_mask_key("a", other)  # a mask has no frames
+    assert make_mask_key("a", BUCKET) != make_mask_key("a", BUCKET._replace(width_px=32))
+
+
+def test_packed_keys_are_found():
+    keys = [kind(f"{n}") for n in range(3000) for kind in (make_text_key, latents_key_of)]
+    packed = pack_keys(keys)
+    assert any(len(key) < 17 for key in packed.tolist())  # NumPy hides zeros at the end
+    assert [unpack_key(key) for key in packed.tolist()] == keys
+    found = KeySet(packed[:4000]).find(packed)
+    np.testing.assert_array_equal(found[:4000], np.arange(4000))
+    assert (found[4000:] == NOWHERE).all()
+    assert (KeySet(packed[:0]).find(packed) == NOWHERE).all()
 
 
 def test_unfinished_cache_is_refused_and_continued(tmp_path):
@@ -114,11 +244,7 @@ def test_kill_9_loses_the_clip_in_hand_only(tmp_path):
         child.send_signal(signal.SIGKILL)
         done += [int(line) for line in child.communicate()[0].split()]
         with open_writer(tmp_path, encoders=ENCODERS) as writer:
-            assert all(
-                key in writer
-                for number in done
-                for key in (entry_of(number).latents_key, entry_of(number).text_key)
-            )
+            assert all(key in writer for number in done for key in entry_of(number).keys)
             writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
         check_readable(tmp_path, done)
         assert not list(tmp_path.rglob("*.partial"))
@@ -130,9 +256,9 @@ def test_killed_between_shard_and_tidying_up(tmp_path, monkeypatch):
         patch.setattr("pathlib.Path.unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             writer.finish([entry_of(0)], buckets=[BUCKET])
-    assert list(tmp_path.glob("pending/*"))
+    assert list(tmp_path.glob("pending/*/*"))
     with open_writer(tmp_path, encoders=ENCODERS) as writer:
-        assert not list(tmp_path.glob("pending/*"))
+        assert not list(tmp_path.glob("pending/*/*"))
         writer.finish([entry_of(0)], buckets=[BUCKET])
     check_readable(tmp_path, [0])
     assert len(list(tmp_path.glob("*.array_record"))) == 1
@@ -196,10 +322,10 @@ def test_damage_is_named_when_read(tmp_path):
     data[2000:2600] = bytes(600)
     shard.write_bytes(data)
     cache = open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
-    with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*--regenerate_cache"):
-        cache.read(cache.clips[0])
+    with pytest.raises(BadInput, match=r"0\.mp4 is damaged .*delete 0000-00000\.\* .*again"):
+        cache.read(0)
     shard.unlink()
-    with pytest.raises(BadInput, match=r"array_record: is gone.*--regenerate_cache"):
+    with pytest.raises(BadInput, match=r"array_record: is gone.*delete 0000-00000\.\*"):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
 
 
@@ -222,9 +348,51 @@ def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
         assert not list(mount.rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=8m", mount], check=True)
         with open_writer(mount, encoders=ENCODERS) as writer:
-            done = [n for n in range(100) if all(key in writer for key in entry_of(n)[2:])]
+            done = [n for n in range(100) if all(key in writer for key in entry_of(n).keys)]
             assert len(done) >= 5
             writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
         check_readable(mount, done)
     finally:
         subprocess.run(["umount", "-l", mount], check=False)
+
+
+@pytest.mark.parametrize("what", ["index", "collecting"])
+def test_full_disk_leaves_the_old_index_whole(tmp_path, capsys, what):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        fill(mount, range(4), shard_bytes=4000)
+        fill(mount, [0, 1], shard_bytes=4000)
+        with open_writer(mount, encoders=ENCODERS) as writer:
+            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+            (mount / "theirs").write_bytes(bytes(free - 4096))
+            entries = [entry_of(number) for number in (0, 1, 2, 3) * 50]
+            code = run_command(
+                partial(writer.finish, entries, buckets=[BUCKET])
+                if what == "index"
+                else partial(collect_garbage, mount)
+            )
+        error = capsys.readouterr().err
+        assert code == 2
+        assert re.fullmatch(r"error: the disk is full while writing \S+; free .*again\n", error)
+        check_readable(mount, [0, 1])
+        (mount / "theirs").unlink()
+        fill(mount, [0, 1, 2], shard_bytes=4000)
+        assert not list(mount.rglob("*.partial"))
+        check_readable(mount, [0, 1, 2])
+    finally:
+        subprocess.run(["umount", "-l", mount], check=False)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    fill(tmp_path, [0, 1])
+    check_readable(tmp_path, [0, 1])

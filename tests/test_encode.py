@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_preflight as messy
 from make_clips import write_image, write_video
+from PIL import Image
 
 from convert.weights import main as convert
 from wan22_jax import encode
-from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.cache import make_text_key, name_encoders
+from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
@@ -66,13 +71,17 @@ class Place:
     def run(self, *arguments):
         return encode.main(["--config", str(self.config), *arguments])
 
+    def encoders(self):
+        return name_encoders(read_model_card(self.model).digests)
+
     def open(self):
-        encoders = name_encoders(read_model_card(self.model).digests)
-        return open_caches(self.dataset, encoders=encoders)
+        return open_caches(self.dataset, encoders=self.encoders())
 
     def stored(self):
         ((cache, _),) = self.open()
-        return {clip.file: (clip.bucket, cache.read(clip)) for clip in cache.clips}
+        return {
+            clip.file: (clip.bucket, cache.read(number)) for number, clip in enumerate(cache.clips)
+        }
 
 
 @pytest.fixture
@@ -111,7 +120,7 @@ def test_folder_to_cache_to_batch(place, capsys):
     }
     vae, encoder = load_vae(place.model), load_text_encoder(place.model)
     tokenizer = load_tokenizer(tokenizer_folder(place.model))
-    for file, (bucket, (latents_TYXC, text_SE)) in stored.items():
+    for file, (bucket, (latents_TYXC, text_SE, _)) in stored.items():
         path = place.clips / file
         pixels_TYX3 = read_clip(path, probe(path), bucket)
         video_1TYX3 = jnp.asarray(pixels_TYX3[None]).astype(jnp.float32) / 127.5 - 1
@@ -164,6 +173,80 @@ def test_only_what_changed_is_encoded(place, counted):
     assert (counted.captions, counted.clips) == (7, 13)
 
 
+def test_clips_and_captions_of_one_file_are_encoded_one_by_one(place, counted):
+    place.fill()
+    captions = {"a.mp4": ["one, two, three", "other"], "b.mp4": ["b"], "c.png": ["c"]}
+    (place.clips / "captions.json").write_text(json.dumps(captions))
+    keys = "resolutions = [32]\nframe_buckets = [5]\ncaption_prefix = 'P '\nuncond_fraction = 0.1"
+    place.write_dataset(keys + "\nvideo_clip_mode = 'uniform'\nclips_per_video = 3")
+    assert place.run() == 0
+    # 12 and 16 frames at 24 fps: three starts each
+    assert counted.clips == 3 + 3 + 1
+    assert counted.captions == 4
+    ((cache, _),) = place.open()
+    assert [(clip.file, clip.start) for clip in cache.clips] == [
+        *(("a.mp4", start) for start in (0, 3, 7)),
+        *(("b.mp4", start) for start in (0, 5, 11)),
+        ("c.png", 0),
+    ]
+    assert cache.clips[0].text_keys == tuple(map(make_text_key, ["P one, two, three", "P other"]))
+    with open_writer(cache.folder, encoders=place.encoders()) as writer:
+        assert make_text_key("") in writer  # for uncond_fraction
+    vae = load_vae(place.model)
+    path = place.clips / "b.mp4"
+    pixels_TYX3 = read_clip(path, probe(path), BUCKET._replace(frames=16))[5:10]
+    expected_TYXC = encode.encode_pixels(vae, pixels_TYX3)
+    got_TYXC = cache.read(4).latents_TYXC.astype(np.float32)
+    np.testing.assert_allclose(got_TYXC, expected_TYXC, rtol=2**-8, atol=2e-5)
+    place.write_dataset("resolutions = [32]\nframe_buckets = [5]\ncaption_prefix = 'P '")
+    assert place.run() == 0
+    assert counted.clips == 3 + 3 + 1 + 1  # the last is of this test: first clips were there
+
+
+def test_allow_drop_leaves_out_what_is_too_short(place, capsys):
+    place.fill()
+    _short(place)
+    assert place.run() == 2
+    assert "too short" in capsys.readouterr().err
+    assert place.run("--allow-drop") == 0
+    assert "warning: left out: " in capsys.readouterr().err
+    assert set(place.stored()) == {"b.mp4", "c.png"}
+
+
+def test_a_messy_folder_is_cached_as_its_preflight_says(place, counted, capsys):
+    messy.write_messy_folder(place.clips)
+    place.write_dataset(messy.SHAPES)
+    assert place.run("--dry-run", f"output_dir={place.config.parent}") == 2
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run() == 2  # what is broken stops it, whatever may be dropped
+    assert place.run("--allow-drop") == 2
+    assert "10 of 33 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    for file in messy.BROKEN:
+        (place.clips / file).unlink()
+    assert place.run() == 2
+    assert "3 of 23 files cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    assert (counted.captions, counted.clips) == (0, 0)
+    assert place.run("--allow-drop") == 0
+    assert (counted.captions, counted.clips) == (1, 20)
+    ((cache, _),) = place.open()
+    expected = {file: row[0] for file, row in messy.GOOD.items()} | messy.IMAGES
+    assert {clip.file: str(clip.bucket) for clip in cache.clips} == expected
+
+
+def test_a_file_that_changes_after_the_survey_is_refused(place, monkeypatch, capsys):
+    place.fill()
+    read = encode.read_clip
+
+    def meddle(path, info, bucket, *, start):
+        pixels_TYX3 = read(path, info, bucket, start=start)
+        os.utime(path, ns=(0, 1))
+        return pixels_TYX3
+
+    monkeypatch.setattr(encode, "read_clip", meddle)
+    assert place.run() == 2
+    assert "changed while it was read" in capsys.readouterr().err
+
+
 def test_stopped_run_continues(place, counted, monkeypatch):
     place.fill()
     spied = encode.encode_pixels
@@ -176,7 +259,7 @@ def test_stopped_run_continues(place, counted, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "encode_pixels", stop_at_the_third)
         assert place.run() == 130
-    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.json").exists()
+    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.index").exists()
     assert place.run() == 0
     assert (counted.captions, counted.clips) == (3, 3)
     assert len(place.stored()) == 3
@@ -193,13 +276,17 @@ def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
     assert (counted.captions, counted.clips) == (6, 6)
 
 
-def test_file_names_of_any_bytes(place):
+def test_file_names_of_any_bytes(place, capsys):
     name = os.fsdecode(b"\xff \xc3\xa4 caf\xe9.png")
     write_image(place.clips / "x.png", (40, 40))
     (place.clips / "x.png").rename(place.clips / name)
     (place.clips / name).with_suffix(".txt").write_text("a still")
     assert place.run() == 0
     assert list(place.stored()) == [name]
+    assert place.run("--verify") == 0
+    capsys.readouterr()
+    assert place.run("--show-batch", "1") == 0
+    assert "? ä caf?.png: 'a still'" in capsys.readouterr().out
 
 
 def _no_caption(place):
@@ -228,7 +315,7 @@ def _no_folder(place):
 
 
 def _captions_json(place):
-    (place.clips / "captions.json").write_text("{}")
+    (place.clips / "captions.json").write_text('{"a.mp4": ["a"], "b.mp4": ["b"]}')
 
 
 @pytest.mark.parametrize(
@@ -240,7 +327,7 @@ def _captions_json(place):
         (_short, "a.mp4: too short: 4 frames at 24 fps, the shortest video bucket needs 5"),
         (_empty_folder, "holds no videos or images; put clips"),
         (_no_folder, "no such folder; correct path"),
-        (_captions_json, "captions.json: is not supported by this version yet"),
+        (_captions_json, "clips/captions.json: caption missing; write it, remove c.png"),
     ],
 )
 def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spoil, message):
@@ -252,7 +339,8 @@ def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spo
     assert str(place.clips) in last_line
     assert message in last_line
     assert (counted.captions, counted.clips) == (0, 0)
-    assert not (place.clips / "cache").exists()
+    left = [path.name for path in (place.clips / "cache").rglob("*") if path.is_file()]
+    assert left in ([], ["probed.jsonl"])
 
 
 def test_many_problems_are_counted_in_one_line(place, capsys):
@@ -275,7 +363,7 @@ def test_what_is_left_out_is_said(place, capsys):
     (place.clips / "meta.json").write_text("{}")
     assert place.run() == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "more", "z.txt"]
+    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "z.txt", "more"]
 
 
 def test_full_disk_is_said_before_encoding(place, counted, capsys, monkeypatch):
@@ -303,3 +391,86 @@ def test_a_folder_listed_twice_is_refused(place, capsys):
     )
     assert place.run() == 2
     assert "is listed twice" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_work(place, counted, capsys):
+    place.fill()
+    captions = [f"caption {number}" for number in range(99)]
+    for part, stem in ((0, "a"), (1, "b")):
+        caption = next(c for c in captions if int(make_text_key(c)[-1], 16) % 2 == part)
+        (place.clips / f"{stem}.txt").write_text(caption)
+    assert place.run("--process_index", "1", "--process_count", "2") == 0
+    first = counted.captions + counted.clips
+    assert 0 < first < 6
+    assert f"{6 - first} records are left to the other processes" in capsys.readouterr().err
+    assert not (place.clips / "cache" / "wan2.2_5b" / "clips.index").exists()
+    assert place.run("--process_index", "0", "--process_count", "2") == 0
+    assert (counted.captions, counted.clips) == (3, 3)
+    assert "left to the other" not in capsys.readouterr().err
+    assert len(place.stored()) == 3
+
+
+@pytest.mark.parametrize(("index", "count"), [("2", "2"), ("-1", "2"), ("0", "0"), ("0", "10001")])
+def test_a_process_outside_its_run_is_refused(place, capsys, index, count):
+    assert place.run(f"--process_index={index}", "--process_count", count) == 2
+    assert "expected 0 <= index < count <= 10000" in capsys.readouterr().err
+
+
+def test_verify_and_gc(place, counted, capsys):
+    place.fill()
+    assert place.run("--verify") == 2
+    assert "holds no complete cache; run wan22-cache" in capsys.readouterr().err
+    assert place.run("--cache_only") == 0
+    (place.clips / "a.txt").write_text("another caption")
+    assert place.run() == 0
+    assert place.run("--verify") == 0
+    assert "3 clips, 3 latents, 4 text" in capsys.readouterr().out
+    assert place.run("--gc") == 0
+    assert "1 unused records dropped" in capsys.readouterr().out
+    assert place.run("--verify") == 0
+    assert "3 latents, 3 text" in capsys.readouterr().out
+    assert (counted.captions, counted.clips) == (4, 3)
+    assert place.run("--gc", "--process_index=0", "--process_count=2") == 2
+    (first, *_) = sorted((place.clips / "cache" / "wan2.2_5b").glob("*.array_record"))
+    first.write_bytes(first.read_bytes()[:300])
+    assert place.run("--verify") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "records are damaged" in error
+    assert "a.mp4" in error
+
+
+def test_show_batch(place, capsys):
+    place.fill()
+    assert place.run() == 0
+    capsys.readouterr()
+    assert place.run("--show-batch", "1") == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 1: 32x32x[15], epoch 1, 1 of 3", head)
+    (line,) = lines
+    assert re.fullmatch(rf" +1 +0\.\d{{4}} [ti]2v   {place.clips}/(.)\....: '.*'", line)
+    stem = line.split(f"{place.clips}/")[1][0]
+    assert line.endswith(f": {CAPTIONS[stem]!r}")
+    assert place.run("--show-batch", "4") == 0
+    assert "epoch 2, 1 of 3" in capsys.readouterr().out
+    assert place.run("--show-batch", "0") == 2
+    assert "steps count from 1" in capsys.readouterr().err
+
+
+def test_masks_go_from_a_picture_to_a_batch(place):
+    place.fill()
+    masks = place.clips.parent / "masks"
+    masks.mkdir()
+    left_half = np.zeros((64, 96, 3), np.uint8)
+    left_half[:, :48] = 255
+    Image.fromarray(left_half).save(masks / "a.png")
+    place.write_dataset("resolutions = [32]\nframe_buckets = [5]")
+    place.dataset.write_text(f"{place.dataset.read_text()}mask_path = '{masks}'\n")
+    assert place.run() == 0
+    loader = make_loader(place.open(), seed=0, micro_batch=2, accumulation=1)
+    batch, bucket, clips = loader[0]
+    assert bucket == BUCKET
+    assert batch.mask_ABYX.shape == (1, 2, 2, 2)
+    for number, clip in enumerate(clips):
+        expected = [[1, 0], [1, 0]] if clip == "a.mp4" else np.ones((2, 2))
+        np.testing.assert_array_equal(batch.mask_ABYX[0, number].astype(np.float32), expected)
+    assert place.run("--verify") == 0

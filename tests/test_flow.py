@@ -76,3 +76,41 @@ def test_loss_leaves_out_frames_of_weight_zero():
     velocity = noise.at[:, 1].add(2.0).at[:, 0].add(100.0)
     assert velocity_loss(velocity, clean, noise, jnp.asarray([[0.0, 1.0]]))[0] == 4.0
     assert velocity_loss(velocity, clean, noise, jnp.ones((1, 2)))[0] == (4.0 + 1e4) / 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masked_loss_against_float64(dtype):
+    """Mask times squared error, over the count of all elements of the trained frames."""
+    rng = np.random.default_rng(0)
+    velocity, clean, noise = rng.normal(size=(3, 2, 3, 4, 6, 5)).astype(np.float32)
+    weight_BT = np.array([[1, 1, 1], [0, 1, 1]], np.float32)  # one example of each task
+    mask_BYX = rng.integers(0, 5, (2, 4, 6)) / 4
+    expected = np.zeros(2)
+    for b, t, y, x, c in np.ndindex(velocity.shape):
+        error = np.float64(velocity[b, t, y, x, c]) - (
+            np.float64(noise[b, t, y, x, c]) - np.float64(clean[b, t, y, x, c])
+        )
+        expected[b] += weight_BT[b, t] * mask_BYX[b, y, x] * error**2
+    expected /= weight_BT.sum(axis=1) * 4 * 6 * 5
+    args = (clean, noise, weight_BT)
+    mask = jnp.asarray(mask_BYX, dtype)
+    got_B = velocity_loss(jnp.asarray(velocity), *map(jnp.asarray, args), mask)
+    assert got_B.dtype == jnp.float32
+    np.testing.assert_allclose(got_B, expected, rtol=1e-5)
+    plain_B = velocity_loss(jnp.asarray(velocity), *map(jnp.asarray, args))
+    assert np.all(np.abs(got_B / plain_B - 1) > 0.1)  # the mask acts
+    ones_B = velocity_loss(jnp.asarray(velocity), *map(jnp.asarray, args), jnp.ones_like(mask))
+    np.testing.assert_array_equal(ones_B, plain_B)
+
+
+def test_gradient_is_zero_where_the_mask_is():
+    rng = np.random.default_rng(1)
+    velocity, clean, noise = jnp.asarray(rng.normal(size=(3, 1, 2, 4, 6, 5)), jnp.float32)
+    mask_BYX = jnp.asarray(rng.integers(0, 2, (1, 4, 6)), jnp.float32)
+    gradient = jax.grad(
+        lambda velocity: velocity_loss(velocity, clean, noise, jnp.ones((1, 2)), mask_BYX)[0]
+    )(velocity)
+    is_zero = np.all(np.asarray(gradient) == 0, axis=(1, 4))
+    np.testing.assert_array_equal(is_zero, mask_BYX == 0)
+    assert np.any(is_zero)
+    assert not np.all(is_zero)

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import ml_dtypes
@@ -5,13 +6,9 @@ import numpy as np
 import pytest
 from test_cache import ENCODERS
 
-from wan22_jax.data.cache import (
-    ClipEntry,
-    make_latents_key,
-    make_text_key,
-    open_cache,
-    open_writer,
-)
+from wan22_jax.data.cache import make_latents_key, make_mask_key, make_text_key, open_cache
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import ClipEntry
 from wan22_jax.data.loader import make_loader
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
@@ -23,15 +20,44 @@ def make_cache(folder, counts):
     """Latents of clip i are all i; its caption has i % 5 + 1 rows of i + 1."""
     buckets = [bucket for bucket, count in counts.items() for _ in range(count)]
     clips = [
-        ClipEntry(f"{i}", bucket, make_latents_key(f"{i}", bucket), make_text_key(f"{i}"))
+        ClipEntry(f"{i}", bucket, make_latents_key(f"{i}", bucket), (make_text_key(f"{i}"),))
         for i, bucket in enumerate(buckets)
     ]
     with open_writer(folder, encoders=ENCODERS) as writer:
         for i, clip in enumerate(clips):
             writer.add(clip.latents_key, np.full((*clip.bucket.latent_TYX, 48), i, np.float32))
-            writer.add(clip.text_key, np.full((i % 5 + 1, 8), i + 1, np.float32))
+            writer.add(clip.text_keys[0], np.full((i % 5 + 1, 8), i + 1, np.float32))
         writer.finish(clips, buckets=list(counts))
     return open_cache(folder, encoders=ENCODERS, buckets=list(counts))
+
+
+def make_rich_cache(folder, *, count=12, masked=(), bucket=SMALL):
+    """Caption k of clip i is filled with 10 i + k + 1, the empty one with 5000."""
+    clips = [
+        ClipEntry(
+            f"{i}",
+            bucket,
+            make_latents_key(f"{i}", bucket),
+            tuple(make_text_key(f"{i} {caption}") for caption in range(i % 3 + 1)),
+            mask_key=make_mask_key(f"{i}", bucket) if i in masked else None,
+        )
+        for i in range(count)
+    ]
+    with open_writer(folder, encoders=ENCODERS) as writer:
+        writer.add(make_text_key(""), np.full((1, 8), 5000))
+        for i, clip in enumerate(clips):
+            writer.add(clip.latents_key, np.full((*bucket.latent_TYX, 48), i, np.float32))
+            for caption, key in enumerate(clip.text_keys):
+                writer.add(key, np.full((2, 8), 10 * i + caption + 1), note=f"{i} {caption}")
+            if clip.mask_key:
+                writer.add(clip.mask_key, np.full(bucket.latent_TYX[1:], i / 16))
+        writer.finish(clips, buckets=[bucket])
+    return open_cache(folder, encoders=ENCODERS, buckets=[bucket])
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    return make_rich_cache(tmp_path_factory.mktemp("rich"))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +65,13 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache"), {SMALL: 9, LARGE: 14})
 
 
-def load(cache, *, seed=3, micro_batch=2, accumulation=2, num_repeats=1):
+def load(cache, *, seed=3, micro_batch=2, accumulation=2, num_repeats=1, **options):
     return make_loader(
-        [(cache, num_repeats)], seed=seed, micro_batch=micro_batch, accumulation=accumulation
+        [(cache, num_repeats)],
+        seed=seed,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        **options,
     )
 
 
@@ -94,7 +124,7 @@ def test_epochs_and_seeds_differ(cache):
     assert len(orders) > 1  # buckets alternate in another order each epoch
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 16])
+@pytest.mark.parametrize("ahead", [0, 1, 2, 16])
 def test_iteration_resumes_at_any_step(cache, ahead):
     expected = names(load(cache), range(30))
     for first in (0, 4, 5, 17):
@@ -122,3 +152,156 @@ def test_too_few_clips_are_counted(cache):
         load(cache, micro_batch=5, accumulation=3)
     assert load(cache, micro_batch=5).steps_per_epoch == 1  # the smaller bucket has 9 of 10
     assert "32x32x1: 9 clips, 0 steps" in load(cache, micro_batch=5).report[0]
+
+
+def hash_steps(steps):
+    """Of everything that a step gives: clips, captions, masks, in their order."""
+    digest = hashlib.sha256()
+    for step in steps:
+        digest.update(repr((step.clips, step.bucket)).encode())
+        for array in step.batch:
+            digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+def test_order_and_draws_are_those_of_any_number_of_threads_and_of_a_resume(tmp_path):
+    """With captions, dropout, masks, repeats and a part of the data, over five epochs."""
+    rich = make_rich_cache(tmp_path, masked=(1, 4))
+    options = {"uncond_fraction": 0.3, "num_repeats": 1.5, "subsample_ratio": 0.7}
+
+    def read(ahead, first=0):
+        return list(itertools.islice(load(rich, **options).iterate(first, ahead=ahead), 30 - first))
+
+    expected = hash_steps(load(rich, **options)[step] for step in range(30))
+    assert load(rich, **options).steps_per_epoch == 6
+    for ahead in (0, 2, 4):
+        assert hash_steps(read(ahead)) == expected
+        stopped = [load(rich, **options)[step] for step in range(17)]
+        assert hash_steps([*stopped, *read(ahead, 17)]) == expected
+    assert hash_steps(load(rich, seed=4, **options)[step] for step in range(30)) != expected
+
+
+def test_each_caption_is_an_entry_of_an_epoch(rich):
+    loader = load(rich, micro_batch=1, accumulation=1)
+    assert loader.steps_per_epoch == 24
+    for epoch in range(2):
+        seen = set()
+        for step in range(24 * epoch, 24 * epoch + 24):
+            batch, _, (clip,) = loader[step]
+            assert (batch.latents_ABTYXC == int(clip)).all()
+            caption = int(batch.text_ABSE[0, 0, 0, 0]) - 10 * int(clip) - 1
+            seen.add((int(clip), caption))
+        assert seen == {(i, caption) for i in range(12) for caption in range(i % 3 + 1)}
+    half = load(rich, micro_batch=1, accumulation=1, num_repeats=0.5)
+    assert sorted(itertools.chain(*names(half, range(12)))) == sorted(map(str, range(12)))
+
+
+def test_share_of_dropped_captions(rich):
+    loader = load(rich, uncond_fraction=0.2)
+    chosen = [loader.choose(step)[1] for step in range(1000)]
+    dropped = np.array([[one.caption is None for one in step] for step in chosen])
+    assert dropped.shape == (1000, 4)
+    # Binomial: 0.2 +- 4 standard deviations, at each position and in all.
+    assert abs(dropped.mean() - 0.2) < 4 * (0.16 / 4000) ** 0.5
+    assert (abs(dropped.mean(axis=0) - 0.2) < 4 * (0.16 / 1000) ** 0.5).all()
+    counts = np.bincount(dropped.sum(axis=1), minlength=5)  # independent within a step
+    expected = [0.8**4, 4 * 0.8**3 * 0.2, 6 * 0.16 * 0.16, 4 * 0.8 * 0.2**3, 0.2**4]
+    assert (abs(counts / 1000 - expected) < 4 * np.sqrt(np.array(expected) / 1000)).all()
+    plain = load(rich)
+    for step in range(20):
+        kept = plain.choose(step)[1]
+        for number, (one, other) in enumerate(zip(chosen[step], kept, strict=True)):
+            assert (one.clip, one.caption) in ((other.clip, other.caption), (other.clip, None))
+            text = loader[step].batch.text_ABSE[divmod(number, 2)]
+            assert (text[0] == 5000).all() == (one.caption is None)
+    assert not np.array_equal(
+        dropped,
+        [
+            [one.caption is None for one in load(rich, seed=4, uncond_fraction=0.2).choose(step)[1]]
+            for step in range(1000)
+        ],
+    )
+    assert all(one.caption is None for one in load(rich, uncond_fraction=1).choose(0)[1])
+
+
+def test_dropout_needs_the_empty_caption(cache):
+    with pytest.raises(BadInput, match=r"no empty caption.*uncond_fraction = 0\.1.*wan22-cache"):
+        load(cache, uncond_fraction=0.1)
+
+
+def test_masks_fill_up_with_ones(tmp_path, rich):
+    loader = load(make_rich_cache(tmp_path, masked=(1, 4)))
+    for step in range(loader.steps_per_epoch):
+        batch, _, clips = loader[step]
+        assert batch.mask_ABYX.shape == (2, 2, 2, 2)
+        assert batch.mask_ABYX.dtype == ml_dtypes.bfloat16
+        for number, clip in enumerate(clips):
+            expected = int(clip) / 16 if clip in ("1", "4") else 1
+            assert (batch.mask_ABYX[divmod(number, 2)] == expected).all()
+    assert all(load(rich)[step].batch.mask_ABYX is None for step in range(6))
+
+
+def test_masks_of_one_bucket_leave_the_others_alone(tmp_path, cache):
+    both = make_loader(
+        [(make_rich_cache(tmp_path, masked=(1,)), 1), (cache, 1)],
+        seed=0,
+        micro_batch=2,
+        accumulation=1,
+    )
+    for step in range(both.steps_per_epoch):
+        batch, bucket, _ = both[step]
+        assert (batch.mask_ABYX is not None) == (bucket == SMALL)
+
+
+def test_processes_share_each_micro_batch(rich):
+    options = {"micro_batch": 4, "accumulation": 2, "uncond_fraction": 0.3}
+    whole = load(rich, **options)
+    parts = [load(rich, **options, process_index=i, process_count=2) for i in range(2)]
+    taken = []
+    for step in range(3 * whole.steps_per_epoch):
+        own = [part[step] for part in parts]
+        for part in own:
+            assert part.batch.latents_ABTYXC.shape[:2] == (2, 2)
+            assert part.clips == whole[step].clips
+        for field in ("latents_ABTYXC", "text_ABSE"):
+            joined = np.concatenate([getattr(part.batch, field) for part in own], axis=1)
+            np.testing.assert_array_equal(joined, getattr(whole[step].batch, field))
+        taken.append([part.batch.latents_ABTYXC[..., 0, 0, 0, 0].ravel() for part in own])
+    assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
+    assert all((a != b).any() for a, b in taken)
+    with pytest.raises(BadInput, match="4 clips does not divide among 3 processes"):
+        load(rich, **options, process_count=3)
+
+
+def test_processes_read_disjoint_parts(cache):
+    """Where every entry is another clip, no process sees what another one does."""
+    parts = [load(cache, process_index=i, process_count=2) for i in range(2)]
+    seen = [set(), set()]
+    for step in range(parts[0].steps_per_epoch):
+        for part, clips in zip(parts, seen, strict=True):
+            clips |= set(part[step].batch.latents_ABTYXC[..., 0, 0, 0, 0].ravel().tolist())
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == {
+        float(clip) for step in range(parts[0].steps_per_epoch) for clip in parts[0][step].clips
+    }
+
+
+def test_a_part_of_the_data(cache):
+    part = load(cache, subsample_ratio=0.5)
+    whole = load(cache)
+    assert (part.steps_per_epoch, whole.steps_per_epoch) == (2, 5)
+    for epoch in range(4):  # the first batches of the shuffled order
+        first = names(whole, range(5 * epoch, 5 * epoch + 2))
+        assert names(part, range(2 * epoch, 2 * epoch + 2)) == first
+    assert part.report[-1] == "subsample_ratio keeps 2 of 5 steps, others each epoch"
+    assert load(cache, subsample_ratio=1).report == whole.report
+    with pytest.raises(BadInput, match=r"subsample_ratio = 0\.1 of the 5 steps .* leaves none"):
+        load(cache, subsample_ratio=0.1)
+
+
+def test_an_order_is_an_array_of_numbers(cache):
+    loader = load(cache, num_repeats=1000)
+    order = loader._order(0)
+    assert order.shape == (23000 // 4, 4)
+    assert order.dtype == np.int64
+    assert loader._entries.nbytes == 10 * 23000

@@ -55,6 +55,10 @@ def make_batch(seed: int, *, accumulate: int = 1, size: int = 2, frames: int = 3
     )
 
 
+def make_mask(lead: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(9).integers(0, 3, (*lead, 4, 4)).astype(jnp.bfloat16) / 2
+
+
 @functools.cache
 def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
     """The compiled step, its frozen weights and a function that makes fresh states for it."""
@@ -104,7 +108,7 @@ def test_training_learns_and_only_the_adapter_moves():
     before = jax.tree.map(np.asarray, frozen)
     batch = make_batch(0)
     graphdef, start, _ = split_model(make_model())
-    held_out = (*(jnp.asarray(x[0]) for x in batch), draw_batch(2, 3, 0.0))
+    held_out = (*(jnp.asarray(x[0]) for x in batch[:2]), draw_batch(2, 3, 0.0))
     loss = jax.jit(partial(loss_fn, graphdef=graphdef, activation_checkpointing=False))
     for _ in range(100):
         state, _ = step(state, frozen, batch, SEED, GRID)
@@ -116,9 +120,12 @@ def test_training_learns_and_only_the_adapter_moves():
         np.testing.assert_array_equal(a, b)
 
 
-def test_accumulated_micro_batches_equal_one_batch():
+@pytest.mark.parametrize("masked", [False, True])
+def test_accumulated_micro_batches_equal_one_batch(masked):
     batch = make_batch(0, accumulate=1, size=4)
-    split = Batch(*(x.reshape(4, 1, *x.shape[2:]) for x in batch))
+    if masked:
+        batch = batch._replace(mask_ABYX=make_mask((1, 4)))
+    split = jax.tree.map(lambda x: x.reshape(4, 1, *x.shape[2:]), batch)
     state, frozen, step = make_run()
     whole, metrics_whole = step(state, frozen, batch, SEED, GRID)
     state, frozen, step = make_run()
@@ -127,6 +134,48 @@ def test_accumulated_micro_batches_equal_one_batch():
     np.testing.assert_allclose(metrics_whole["grad_norm"], metrics_parts["grad_norm"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_mask_reaches_the_loss_and_the_gradient():
+    state, frozen, step = make_run()
+    batch = make_batch(0)
+    _, plain = step(jax.tree.map(jnp.copy, state), frozen, batch, SEED, GRID)
+    found = {}
+    for name, mask in (
+        ("ones", np.ones((1, 2, 4, 4), jnp.bfloat16)),
+        ("half", np.full((1, 2, 4, 4), 0.5, jnp.bfloat16)),
+        ("zeros", np.zeros((1, 2, 4, 4), jnp.bfloat16)),
+        ("drawn", make_mask((1, 2))),
+    ):
+        masked = batch._replace(mask_ABYX=mask)
+        _, metrics = step(jax.tree.map(jnp.copy, state), frozen, masked, SEED, GRID)
+        found[name] = metrics
+    for metric in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found["ones"][metric], plain[metric], rtol=1e-6)
+        np.testing.assert_allclose(found["half"][metric], plain[metric] / 2, rtol=1e-5)
+        assert found["zeros"][metric] == 0
+        assert 0 < found["drawn"][metric] < 0.9 * plain[metric]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_without_a_mask_the_program_is_that_of_the_plain_mean(accumulate, monkeypatch):
+    def lower(batch: Batch) -> str:
+        make_state, frozen, step = make_step.__wrapped__()
+        return step.lower(make_state(), frozen, batch, SEED, GRID).as_text()
+
+    def plain_loss(velocity, clean, noise, weight_BT, mask_BYX):
+        assert mask_BYX is None
+        error = velocity.astype(jnp.float32) - (
+            noise.astype(jnp.float32) - clean.astype(jnp.float32)
+        )
+        frame_loss_BT = jnp.mean(jnp.square(error), axis=(2, 3, 4))
+        return jnp.sum(frame_loss_BT * weight_BT, axis=1) / jnp.sum(weight_BT, axis=1)
+
+    batch = make_batch(0, accumulate=accumulate)
+    without = lower(batch)
+    assert lower(batch._replace(mask_ABYX=make_mask((accumulate, 2)))) != without
+    monkeypatch.setattr("wan22_jax.training.step.velocity_loss", plain_loss)
+    assert lower(batch) == without
 
 
 def test_compiles_once_for_each_shape():
@@ -182,7 +231,7 @@ def test_image_to_video_gives_the_first_frame_and_leaves_it_out_of_the_loss():
     assert np.all(np.asarray(draws.sigma_T[:, 1:]) > 0)
 
     graphdef, trainable, frozen = split_model(make_model())
-    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0)[:2])
     loss = partial(
         loss_fn,
         fill_lora_b(trainable),
@@ -214,7 +263,7 @@ def test_share_of_image_to_video_examples():
 
 def test_loss_is_the_plain_mean_of_the_trained_frames():
     graphdef, trainable, frozen = split_model(make_model())
-    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0)[:2])
     draws = draw_batch(2, 3, 0.0)
     draws = draws._replace(  # one example of each task
         sigma_T=draws.sigma_T.at[1, 0].set(0), weight_T=draws.weight_T.at[1, 0].set(0)
@@ -242,7 +291,7 @@ def test_recomputing_blocks_changes_no_bit():
     """Bit for bit op by op; compiled, the same up to how XLA fuses the two programs."""
     graphdef, trainable, frozen = split_model(make_model())
     trainable = fill_lora_b(trainable)
-    latents_BTYXC, text_BSE = (jnp.asarray(x[0][:1, :1]) for x in make_batch(0))
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0][:1, :1]) for x in make_batch(0)[:2])
     draws = jax.tree.map(lambda x: x[:1, :1], draw_batch(1, 3, 0.0))
     args = (trainable, Frozen(frozen), latents_BTYXC, text_BSE, draws)
     eager, compiled = {}, {}
@@ -293,7 +342,7 @@ def test_adapter_equals_merged_weights(alpha, missing):
 def test_gradients_of_a_16_bit_model_are_not_rounded_to_it():
     graphdef, trainable, frozen = split_model(make_model())
     frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
-    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0))
+    latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0)[:2])
     gradients = jax.grad(loss_fn)(
         fill_lora_b(trainable),
         Frozen(frozen),

@@ -7,7 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
-from wan22_jax import train
+from wan22_jax import examples, train
 from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
-    ClipEntry,
     make_latents_key,
+    make_mask_key,
     make_text_key,
     name_encoders,
-    open_writer,
 )
+from wan22_jax.data.cache_writer import open_writer
+from wan22_jax.data.index import ClipEntry
 from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, write_checkpoint
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
@@ -75,7 +76,7 @@ def prepared(tmp_path_factory) -> Path:
     with open_writer(folder / "clips" / CACHE_FOLDER, encoders=encoders) as writer:
         for number in range(CLIPS):
             entry = ClipEntry(
-                f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), make_text_key("")
+                f"{number}.mp4", BUCKET, make_latents_key(f"{number}", BUCKET), (make_text_key(""),)
             )
             latents = rng.standard_normal((*BUCKET.latent_TYX, LATENT_CHANNELS), np.float32)
             writer.add(entry.latents_key, latents)
@@ -217,8 +218,8 @@ class Reached(Exception):
 def test_each_setting_reaches_what_uses_it(monkeypatch):
     calls = {}
 
-    def record(name: str, *, stop: bool = False):
-        function = getattr(train, name)
+    def record(name: str, *, module: ModuleType = train, stop: bool = False):
+        function = getattr(module, name)
 
         def recorded(*args, **options):
             calls[name] = options | dict(enumerate(args))
@@ -226,9 +227,10 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
                 raise Reached
             return function(*args, **options)
 
-        monkeypatch.setattr(train, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
-    for name in ("make_loader", "load_transformer", "split_model", "make_optimizer"):
+    record("make_loader", module=examples)
+    for name in ("load_transformer", "split_model", "make_optimizer"):
         record(name)
     record("place_frozen")
     record("compile_train_step", stop=True)
@@ -250,6 +252,30 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     step = calls["compile_train_step"]
     assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
     assert calls["place_frozen"]["blocks_to_swap"] == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_masks_of_the_data_set_reach_the_loss():
+    """Where nothing counts the loss is zero, and so is the gradient."""
+    encoders = name_encoders(read_model_card(Path("model")).digests)
+    entry = ClipEntry(
+        "0.mp4",
+        BUCKET,
+        make_latents_key("0", BUCKET),
+        (make_text_key(""),),
+        mask_key=make_mask_key("0", BUCKET),
+    )
+    assert entry.mask_key is not None
+    with open_writer(Path("masked") / CACHE_FOLDER, encoders=encoders) as writer:
+        writer.add(entry.latents_key, np.ones((*BUCKET.latent_TYX, LATENT_CHANNELS)))
+        writer.add(entry.text_keys[0], np.ones((3, TINY_TEXT_ENCODER.dim)))
+        writer.add(entry.mask_key, np.zeros(BUCKET.latent_TYX[1:]))
+        writer.finish([entry], buckets=[BUCKET])
+    Path("masked.toml").write_text(DATASET.replace("'clips'", "'masked'"))
+    assert run("dataset=masked.toml", "max_steps=1", "logging_steps=1") == 0
+    scalars = read_scalars(only_run())
+    assert scalars["train/loss"] == {1: 0.0}
+    assert scalars["train/grad_norm"] == {1: 0.0}
 
 
 @pytest.mark.usefixtures("here")

@@ -1,11 +1,14 @@
 import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from make_clips import grey_of, read_grey, write_image, write_video
 from PIL import Image, ImageOps
 
+from wan22_jax.data import video
 from wan22_jax.data.video import probe, read_clip, resample_indices
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
@@ -62,6 +65,42 @@ def test_slow_clip_repeats_frames(tmp_path):
     assert len(set(expected)) < 21
 
 
+def test_frames_of_uneven_times_are_chosen_by_time(tmp_path):
+    path = tmp_path / "a.mkv"
+    shown_at = [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]  # in 24ths of a second: a long pause
+    write_video(path, 12, times=shown_at, codec="ffv1")
+    info = probe(path)
+    assert info.is_uneven
+    assert info.frames == 12
+    assert info.frames_24 == 25  # 23/24 s between first and last, and the mean step
+    clip_TYX3 = read_clip(path, info, Bucket(64, 32, 21))
+    expected = [grey_of(max(i for i in range(12) if shown_at[i] <= k)) for k in range(21)]
+    assert np.abs(np.subtract(read_grey(clip_TYX3), expected)).max() <= 1
+    later_TYX3 = read_clip(path, info, Bucket(64, 32, 5), start=16)
+    np.testing.assert_array_equal(later_TYX3, clip_TYX3[16:])
+    by_index = read_clip(path, info._replace(is_uneven=False), Bucket(64, 32, 21))
+    assert read_grey(by_index) != read_grey(clip_TYX3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mp4", "libx265")],
+)
+@pytest.mark.parametrize("fps", [24, 30])
+def test_a_later_clip_equals_the_frames_decoded_from_the_beginning(
+    tmp_path, monkeypatch, name, codec, fps
+):
+    path = tmp_path / name
+    write_video(path, 100, fps=fps, codec=codec, gop=12)
+    info = probe(path)
+    assert not info.is_uneven
+    whole_TYX3 = read_clip(path, info, Bucket(64, 32, info.frames_24 // 4 * 4 - 3))
+    monkeypatch.delattr(video, "_decode_all")  # it seeks, it does not start again
+    for start in (1, 30, len(whole_TYX3) - 9):
+        clip_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=start)
+        np.testing.assert_array_equal(clip_TYX3, whole_TYX3[start : start + 9])
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "avi", "ts"])
 def test_containers_that_promise_no_frame_count(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
@@ -81,7 +120,41 @@ def test_frames_outside_the_edit_list_do_not_count(tmp_path):
     path.write_bytes(data)
     info = probe(path)
     assert info.frames == 30
-    assert read_clip(path, info, Bucket(64, 32, 29)).shape[0] == 29
+    clip_TYX3 = read_clip(path, info, Bucket(64, 32, 29))
+    assert clip_TYX3.shape[0] == 29
+    later_TYX3 = read_clip(path, info, Bucket(64, 32, 5), start=24)
+    np.testing.assert_array_equal(later_TYX3, clip_TYX3[24:])
+
+
+def test_where_seeking_fails_decoding_starts_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.mkv"
+    write_video(path, 60, gop=10)
+    info = probe(path)
+    expected_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=33)
+    seconds, wrong = video._seconds, iter([7.0])
+    # As after a seek into an open group of pictures: a frame whose time is not that of any.
+    monkeypatch.setattr(video, "_seconds", lambda pts, stream: next(wrong, seconds(pts, stream)))
+    again_TYX3 = read_clip(path, info, Bucket(64, 32, 9), start=33)
+    assert next(wrong, None) is None
+    np.testing.assert_array_equal(again_TYX3, expected_TYX3)
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=48000)
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "rgb24"
+        cover.disposition = Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate = 48000
+        container.mux([*sound.encode(silence), *sound.encode()])
+        picture = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
+        container.mux([*cover.encode(picture), *cover.encode()])
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(BadInput, match="has no video stream"):
+        probe(path)
 
 
 def test_crop_is_cover_centre_bicubic(tmp_path):

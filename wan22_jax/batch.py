@@ -11,6 +11,7 @@ class CachedClip(NamedTuple):
 
     latents_TYXC: np.ndarray  # bfloat16, normalised VAE mean
     text_SE: np.ndarray  # bfloat16, as many rows as the caption has tokens (1 to 512)
+    mask_YX: np.ndarray | None = None  # bfloat16 in [0, 1]: how much each place counts in the loss
 
 
 class Batch(NamedTuple):
@@ -18,3 +19,4 @@ class Batch(NamedTuple):
 
     latents_ABTYXC: np.ndarray | jax.Array  # bfloat16
     text_ABSE: np.ndarray | jax.Array  # bfloat16 [A, B, 512, E]: zero-padded, never masked
+    mask_ABYX: np.ndarray | jax.Array | None = None  # bfloat16 in [0, 1], of the loss; None: ones

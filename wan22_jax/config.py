@@ -20,6 +20,7 @@ from wan22_jax.model.remat import POLICIES
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
+ClipMode = Literal["single_beginning", "single_middle", "uniform"]
 
 
 class Table(BaseModel):
@@ -111,6 +112,8 @@ class TrainConfig(Table):
     checkpoint_every_n_minutes: float | None = Field(None, gt=0)
     resume_from_checkpoint: bool | str = False
     logging_steps: int = Field(1, ge=1)
+    uncond_fraction: float = Field(0.0, ge=0, le=1)
+    video_clip_mode: ClipMode = "single_beginning"
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
     image_micro_batch_size_per_gpu: Any = None
     eval_micro_batch_size_per_gpu: Any = None
@@ -129,11 +132,9 @@ class TrainConfig(Table):
     huber_delta: Any = None
     smooth_l1_beta: Any = None
     pseudo_huber_c: Any = None
-    uncond_fraction: Any = None
     x_axis_examples: Any = None
     steps_per_print: Any = None
     monitoring: Any = None
-    video_clip_mode: Any = None
     caching_batch_size: Any = None
     map_num_proc: Any = None
     compile: Any = None
@@ -155,45 +156,58 @@ class TrainConfig(Table):
 
 
 class ClipKeys(Table):
-    """What may stand at the top of the dataset file, and differently in one ``[[directory]]``."""
+    """What may stand at the top of the dataset file, and differently in one ``[[directory]]``.
 
-    num_repeats: Number = Field(1, gt=0)
+    ``video_clip_mode`` wins over that of the main file; 'uniform' takes ``clips_per_video`` clips
+    of each file. ``skip_empty_caption`` says what a clip without caption is: left out (true), or
+    trained with '' (false); an error if it is not set.
+    """
+
+    num_repeats: Number = Field(1, gt=0, le=10**6)
     resolutions: list[Number | list[Number]] | None = None
     enable_ar_bucket: bool = False
     min_ar: Number | None = Field(None, gt=0)
     max_ar: Number | None = Field(None, gt=0)
-    num_ar_buckets: int | None = Field(None, ge=1)
+    num_ar_buckets: int | None = Field(None, ge=1, le=1000)
     ar_buckets: list[Number | list[Number]] | None = None
     frame_buckets: list[int] = [1]
     size_buckets: list[list[int]] | None = None
-    caption_prefix: Any = None
-    shuffle_tags: Any = None
-    cache_shuffle_num: Any = None
-    cache_shuffle_delimiter: Any = None
-    skip_empty_caption: Any = None
+    caption_prefix: str = ""
+    shuffle_tags: bool = False
+    cache_shuffle_num: int = Field(0, ge=0, le=1000)
+    cache_shuffle_delimiter: str = Field(", ", min_length=1)
+    skip_empty_caption: bool | None = None
+    recursive: bool = False
+    video_clip_mode: ClipMode | None = None
+    clips_per_video: int | None = Field(None, ge=1, le=1000)
     shuffle_metadata: Any = None
     online_captions: Any = None
 
 
 class DirectoryConfig(ClipKeys):
-    """One ``[[directory]]`` of clips; a key that it does not set comes from the top of the file."""
+    """One ``[[directory]]`` of clips; a key that it does not set comes from the top of the file.
+
+    ``fps`` is taken for the rate of its videos, whatever they say. ``mask_path`` and
+    ``first_frame_path`` are folders of pictures named like the clips.
+    """
 
     path: str
-    mask_path: Any = None
-    default_mask_file: Any = None
+    fps: Number | None = Field(None, ge=0.1, le=1000)
+    mask_path: str | None = None
+    default_mask_file: str | None = None
+    first_frame_path: str | None = None
     control_path: Any = None
 
 
 class DatasetConfig(ClipKeys):
-    """The dataset file."""
+    """The dataset file; its ``uncond_fraction`` wins over that of the main file."""
 
     directory: list[DirectoryConfig] = Field(min_length=1)
-    subsample_ratio: Any = None
+    subsample_ratio: Number | None = Field(None, gt=0, le=1)
+    uncond_fraction: Number | None = Field(None, ge=0, le=1)
 
 
 _LATER_VERSION = "is not supported by this version yet"
-_MASKS = f"masked loss {_LATER_VERSION}"
-_CAPTIONS = f"caption shuffling {_LATER_VERSION}"
 _EVAL = f"evaluation {_LATER_VERSION}"
 _DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
 _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
@@ -226,11 +240,9 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "huber_delta": ((None,), f"the Huber loss {_LATER_VERSION}"),
     "smooth_l1_beta": ((None,), f"the smooth L1 loss {_LATER_VERSION}"),
     "pseudo_huber_c": ((None,), f"the pseudo-Huber loss {_LATER_VERSION}"),
-    "uncond_fraction": ((None, 0, 0.0), f"caption dropout {_LATER_VERSION}"),
     "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
     "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
     "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
-    "video_clip_mode": ((None, "single_beginning"), f"this clip mode {_LATER_VERSION}"),
     "caching_batch_size": ((None, 1), f"caching in batches {_LATER_VERSION}; use 1"),
     "map_num_proc": ((None,), "wan22-cache chooses its own parallelism; leave it out"),
     "compile": ((None, True), "the train step is always compiled; leave it out"),
@@ -238,17 +250,9 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "partition_method": ((None, "parameters"), _DEEPSPEED),
     "partition_split": ((None,), _DEEPSPEED),
     "reentrant_activation_checkpointing": ((None, False), "belongs to torch; leave it out"),
-    "mask_path": ((None,), _MASKS),
-    "default_mask_file": ((None,), _MASKS),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
-    "caption_prefix": ((None, ""), f"a caption prefix {_LATER_VERSION}"),
-    "shuffle_tags": ((None, False), _CAPTIONS),
-    "cache_shuffle_num": ((None, 0), _CAPTIONS),
-    "cache_shuffle_delimiter": ((None, ", "), _CAPTIONS),
-    "skip_empty_caption": ((None,), "a missing caption is always an error in this version"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
-    "subsample_ratio": ((None,), f"training on a part of the data {_LATER_VERSION}"),
 }
 
 TableT = TypeVar("TableT", bound=Table)
@@ -296,7 +300,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def load_dataset(path: Path) -> DatasetConfig:
     """Reads the dataset file; raises BadInput as ``load_config`` does."""
-    return _validate(DatasetConfig, _read_toml(path), path)
+    dataset = _validate(DatasetConfig, _read_toml(path), path)
+    for number, own in enumerate(dataset.directory):
+        for name in ("path", "mask_path", "default_mask_file", "first_frame_path"):
+            if "\0" in (getattr(own, name) or ""):
+                raise BadInput(f"{path}: directory[{number}].{name} holds a zero byte")
+    return dataset
 
 
 def dump_config(config: Table) -> str:
@@ -311,8 +320,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: no such config file") from None
     except IsADirectoryError:
         raise BadInput(f"{path}: is a folder, a TOML file was expected") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of tomllib, of the encoding, of a number with too many digits
         raise BadInput(f"{path}: is not valid TOML ({error})") from None
+    except RecursionError:
+        raise BadInput(f"{path}: is not valid TOML (nested too deeply)") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

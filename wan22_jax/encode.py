@@ -12,27 +12,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.config import load_config
+from wan22_jax.config import ClipMode, TrainConfig, load_config, load_dataset
 from wan22_jax.data.cache import (
-    SHARD_BYTES,
-    CacheWriter,
-    ClipEntry,
     make_latents_key,
+    make_mask_key,
     make_text_key,
     name_encoders,
-    open_writer,
 )
-from wan22_jax.data.folder import SourceClip, survey_folder
+from wan22_jax.data.cache_writer import ALONE, SHARD_BYTES, CacheWriter, Process, open_writer
+from wan22_jax.data.companions import read_mask
+from wan22_jax.data.index import ClipEntry
+from wan22_jax.data.preflight import Epoch, choose_exit_code, report_dataset
+from wan22_jax.data.probed import check_stamp
+from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
+from wan22_jax.data.upkeep import collect_garbage, describe_found, verify_cache
 from wan22_jax.data.video import read_clip
-from wan22_jax.dataset import Directory, read_directories
+from wan22_jax.dataset import Directory, choose_uncond_fraction, open_caches, read_directories
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.geometry import LATENT_CHANNELS, TIME_STRIDE, Bucket
+from wan22_jax.examples import describe_step, open_loader
+from wan22_jax.geometry import TIME_STRIDE
 from wan22_jax.model.vae import WanVAE
 from wan22_jax.model_folder import (
     load_text_encoder,
@@ -44,6 +49,7 @@ from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
 from wan22_jax.text import encode_text, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
+MAX_PROCESSES = 10_000  # their numbers have four digits in file names
 
 
 class Work(NamedTuple):
@@ -61,55 +67,216 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--regenerate_cache", action="store_true", help="encode everything again from scratch"
     )
+    parser.add_argument(
+        "--allow-drop",
+        action="store_true",
+        help="leave out clips that no bucket takes instead of stopping",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be cached and trained and what not, and write that as JSON and as an "
+        "HTML page into output_dir; exit code 1 if clips would be lost, 2 if files are broken",
+    )
+    _add_process_flags(parser)
+    _add_upkeep_flags(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
-    return run_command(lambda: _run(parser.parse_args(argv)))
+    arguments, exit_code = parser.parse_args(argv), 0
+
+    def run() -> None:
+        nonlocal exit_code
+        exit_code = _run(arguments)
+
+    return run_command(run) or exit_code
 
 
-def encode_dataset(dataset_file: Path, model: Path, *, regenerate: bool = False) -> None:
+def encode_dataset(
+    dataset_file: Path,
+    model: Path,
+    *,
+    regenerate: bool = False,
+    clip_mode: ClipMode = "single_beginning",
+    uncond_fraction: float | int = 0,
+    allow_drop: bool = False,
+    process: Process = ALONE,
+    collect: bool = False,
+) -> None:
     """Brings the caches of a dataset file up to date with its folders.
 
     Args:
         dataset_file: the dataset TOML.
         model: a model folder that wan22-convert wrote.
         regenerate: encode everything, whatever is cached.
+        clip_mode: ``video_clip_mode`` of the main file.
+        uncond_fraction: of the main file; above 0, the empty caption is encoded too.
+        allow_drop: leave out files that no bucket takes.
+        process: which part of the work is this process's.
+        collect: drop the records that no clip needs, in the end.
 
     Raises:
         BadInput: a file of the data set cannot be used, or a cache has other encoders.
     """
     claim_gpu()
     keep_compiled()
-    directories = read_directories(dataset_file)
+    directories = read_directories(dataset_file, clip_mode=clip_mode)
+    uncond_fraction = choose_uncond_fraction(dataset_file, in_main_file=uncond_fraction)
+    more_captions = [""] if uncond_fraction else []
     encoders = name_encoders(read_model_card(model).digests)
-    surveys = [survey_folder(d.path, d.rule, warn=_warn) for d in directories]
+    surveys = [
+        take_clips(
+            directory.path,
+            survey_folder(directory.folder, warn=_warn),
+            allow_drop=allow_drop,
+            warn=_warn,
+        )
+        for directory in directories
+    ]
     with ExitStack() as stack:
         jobs = []
         for directory, clips in zip(directories, surveys, strict=True):
-            writer = open_writer(directory.cache_folder, encoders=encoders, regenerate=regenerate)
+            writer = open_writer(
+                directory.cache_folder, encoders=encoders, regenerate=regenerate, process=process
+            )
             jobs.append(Work(directory, clips, stack.enter_context(writer)))
         for work in jobs:
             _check_space(work)
-        _encode_captions(jobs, model)
+        _encode_captions(jobs, model, more_captions)
         gc.collect()  # the text encoder's arrays go before the VAE's come
         _encode_clips(jobs, model)
         for work in jobs:
-            entries = [_make_entry(clip, bucket) for clip in work.clips for bucket in clip.buckets]
-            work.cache.finish(entries, buckets=work.directory.rule.buckets)
+            _add_masks(work)
+            entries = [_make_entry(clip) for clip in work.clips]
+            left = work.cache.finish(entries, buckets=work.directory.rule.buckets)
+            if left:
+                _warn(_describe_rest(work, left))
+            elif collect:
+                dropped = collect_garbage(work.cache.folder)
+                sys.stdout.write(f"{work.cache.folder}: {dropped} unused records dropped\n")
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def verify_dataset(dataset_file: Path, model: Path) -> None:
+    """Reads every record of a dataset file's caches; prints a line of counts for each.
+
+    Raises:
+        BadInput: a cache is incomplete, or records of it are damaged; names the first of them.
+    """
+    encoders = name_encoders(read_model_card(model).digests)
+    for cache, _ in open_caches(dataset_file, encoders=encoders):
+        sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
+
+
+def show_batch(config: TrainConfig, step: int) -> None:
+    """Prints the clips, captions, noise levels and tasks of a step, counted from 1.
+
+    Raises:
+        BadInput: there is no such step, or ``open_loader`` finds something wrong.
+    """
+    if step < 1:
+        raise BadInput(f"--show-batch {step}: steps count from 1")
+    jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
+    loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
+    lines = describe_step(config, loader, step - 1)
+    sys.stdout.write(f"{lines.encode(errors='replace').decode()}\n")  # a file name may be no UTF-8
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return choose_exit_code(_report(config), allow_drop=arguments.allow_drop)
+    if arguments.verify:
+        verify_dataset(Path(config.dataset), Path(config.model.ckpt_path))
+        return 0
+    if arguments.show_batch is not None:
+        show_batch(config, arguments.show_batch)
+        return 0
     encode_dataset(
-        Path(config.dataset), Path(config.model.ckpt_path), regenerate=arguments.regenerate_cache
+        Path(config.dataset),
+        Path(config.model.ckpt_path),
+        regenerate=arguments.regenerate_cache,
+        clip_mode=config.video_clip_mode,
+        uncond_fraction=config.uncond_fraction,
+        allow_drop=arguments.allow_drop,
+        process=_read_process(arguments),
+        collect=arguments.gc,
+    )
+    return 0
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--process_count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the work among N processes, on any hosts that see the clips",
+    )
+    parser.add_argument(
+        "--process_index", type=int, default=0, metavar="I", help="this is process I of 0 .. N-1"
     )
 
 
-def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
+def _add_upkeep_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache_only", action="store_true", help="what this command does anyway (diffusion-pipe)"
+    )
+    parser.add_argument(
+        "--gc",
+        action="store_true",
+        help="drop cached records that this data set does not need (any more), in the end",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every cached record and do nothing else"
+    )
+    parser.add_argument(
+        "--show-batch",
+        type=int,
+        metavar="N",
+        help="print what step N of a training with this config trains on and do nothing else; "
+        "steps count from 1, as in logs",
+    )
+
+
+def _read_process(arguments: argparse.Namespace) -> Process:
+    if arguments.gc and arguments.process_count > 1:
+        raise BadInput(
+            "--gc needs the cache for itself; run it afterwards, without --process_count"
+        )
+    if not 0 <= arguments.process_index < arguments.process_count <= MAX_PROCESSES:
+        raise BadInput(
+            f"--process_index {arguments.process_index} --process_count "
+            f"{arguments.process_count}: expected 0 <= index < count <= {MAX_PROCESSES}"
+        )
+    return Process(arguments.process_index, arguments.process_count)
+
+
+def _describe_rest(work: Work, num_records: int) -> str:
+    return (
+        f"{work.cache.folder}: this part is done, {num_records} records are left to the other "
+        "processes; the last one completes the cache (if none did, run this one again)"
+    )
+
+
+def _report(config: TrainConfig) -> dict[str, Any]:
+    dataset = Path(config.dataset)
+    directories = read_directories(dataset, clip_mode=config.video_clip_mode)
+    per_step = config.micro_batch * config.gradient_accumulation_steps
+    return report_dataset(
+        [(directory.folder, directory.num_repeats) for directory in directories],
+        Epoch(per_step, load_dataset(dataset).subsample_ratio),
+        title=f"Preflight of {dataset}",
+        into=Path(config.output_dir),
+        print_line=_print,
+    )
+
+
+def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[str]) -> None:
     todo = [
         (caption, work.cache)
         for work in jobs
-        for caption in dict.fromkeys(clip.caption for clip in work.clips)
-        if make_text_key(caption) not in work.cache
+        for caption in dict.fromkeys([c for clip in work.clips for c in clip.captions])
+        | dict.fromkeys(more_captions)
+        if _is_to_do(make_text_key(caption), work.cache)
     ]
     if not todo:
         return
@@ -123,7 +290,7 @@ def _encode_captions(jobs: Sequence[Work], model: Path) -> None:
             for (caption, cache), text_SE in zip(
                 some, encode_text(encoder, tokenizer, prompts + filler), strict=False
             ):
-                cache.add(make_text_key(caption), text_SE)
+                cache.add(make_text_key(caption), text_SE, note=caption)
             bar.update(len(some))
 
 
@@ -133,8 +300,8 @@ def _encode_clips(jobs: Sequence[Work], model: Path) -> None:
         return
     vae = load_vae(model)
     with tqdm(desc="clips", total=len(todo), unit="clip") as bar:
-        for (clip, bucket, cache), pixels_TYX3 in _decode_ahead(todo):
-            cache.add(make_latents_key(clip.digest, bucket), encode_pixels(vae, pixels_TYX3))
+        for (clip, writer), pixels_TYX3 in _decode_ahead(todo):
+            writer.add(_name_latents(clip), encode_pixels(vae, pixels_TYX3))
             bar.update()
 
 
@@ -147,45 +314,65 @@ def encode_pixels(vae: WanVAE, pixels_TYX3: np.ndarray) -> np.ndarray:
     return latents_1TYXC[0]
 
 
-Missing = tuple[SourceClip, Bucket, CacheWriter]
+Missing = tuple[SourceClip, CacheWriter]
 
 
 def _list_missing(jobs: Sequence[Work]) -> list[Missing]:
     missing = {
-        (work.cache.folder, make_latents_key(clip.digest, bucket)): (clip, bucket, work.cache)
+        (work.cache.folder, key): (clip, work.cache)
         for work in jobs
         for clip in work.clips
-        for bucket in clip.buckets
-        if make_latents_key(clip.digest, bucket) not in work.cache
+        if _is_to_do(key := _name_latents(clip), work.cache)
     }
     return list(missing.values())  # a file that is there twice is encoded once
+
+
+def _is_to_do(key: str, cache: CacheWriter) -> bool:
+    return cache.owns(key) and key not in cache
 
 
 def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray]]:
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for missing in todo:
-            clip, bucket, _ = missing
-            now, ahead = ahead, (missing, pool.submit(read_clip, clip.path, clip.info, bucket))
+            now, ahead = ahead, (missing, pool.submit(_decode, missing[0]))
             if now is not None:
                 yield now[0], now[1].result()
         if ahead is not None:
             yield ahead[0], ahead[1].result()
 
 
-def _make_entry(clip: SourceClip, bucket: Bucket) -> ClipEntry:
-    return ClipEntry(
-        clip.path.name, bucket, make_latents_key(clip.digest, bucket), make_text_key(clip.caption)
-    )
+def _decode(clip: SourceClip) -> np.ndarray:
+    pixels_TYX3 = read_clip(clip.path, clip.info, clip.bucket, start=clip.start)
+    check_stamp(clip.path, clip.stamp)  # the digest is of the file that was surveyed
+    return pixels_TYX3
 
 
-def _count_bytes(bucket: Bucket) -> int:
-    time, rows, columns = bucket.latent_TYX
-    return time * rows * columns * LATENT_CHANNELS * 2  # bfloat16
+def _add_masks(work: Work) -> None:
+    for clip in work.clips:
+        key = _name_mask(clip)
+        if clip.mask is not None and key is not None and _is_to_do(key, work.cache):
+            work.cache.add(key, read_mask(clip.mask, clip.info, clip.bucket))
+
+
+def _make_entry(clip: SourceClip) -> ClipEntry:
+    text_keys = tuple(map(make_text_key, clip.captions))
+    mask_key = _name_mask(clip)
+    return ClipEntry(clip.file, clip.bucket, _name_latents(clip), text_keys, clip.start, mask_key)
+
+
+def _name_latents(clip: SourceClip) -> str:
+    return make_latents_key(clip.digest, clip.bucket, cut=clip.cut)
+
+
+def _name_mask(clip: SourceClip) -> str | None:
+    if clip.mask_digest is None:
+        return None
+    return make_mask_key(clip.mask_digest, clip.bucket)
 
 
 def _check_space(work: Work) -> None:
-    needed = sum(_count_bytes(bucket) for _, bucket, _ in _list_missing([work]))
+    needed = sum(clip.bucket.num_bytes for clip, _ in _list_missing([work]))
     needed += min(needed, SHARD_BYTES)  # records lie there twice while a shard is written
     free = shutil.disk_usage(work.cache.folder).free
     if needed > free:
@@ -198,14 +385,19 @@ def _check_space(work: Work) -> None:
 def _describe(jobs: Sequence[Work]) -> str:
     lines = [f"{'bucket':>16} {'clips':>7} {'tokens':>7} {'MB':>9}  cache"]
     for work in jobs:
-        chosen = [bucket for clip in work.clips for bucket in clip.buckets]
+        chosen = [clip.bucket for clip in work.clips]
         for bucket in sorted(set(chosen)):
             count = chosen.count(bucket)
             lines.append(
                 f"{bucket!s:>16} {count:>7} {bucket.num_tokens:>7} "
-                f"{count * _count_bytes(bucket) / 1e6:>9.1f}  {work.cache.folder}"
+                f"{count * bucket.num_bytes / 1e6:>9.1f}  {work.cache.folder}"
             )
     return "\n".join(lines) + "\n"
+
+
+def _print(line: str) -> None:
+    printable = line.encode(errors="replace").decode()  # a file name may be no UTF-8
+    tqdm.write(printable, file=sys.stdout)
 
 
 def _warn(line: str) -> None:

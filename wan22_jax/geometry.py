@@ -34,6 +34,12 @@ class Bucket(NamedTuple):
         time, rows, columns = self.latent_TYX
         return time * (rows // PATCH[1]) * (columns // PATCH[2])
 
+    @property
+    def num_bytes(self) -> int:
+        """Of one clip's latents as they are cached, in bfloat16."""
+        time, rows, columns = self.latent_TYX
+        return time * rows * columns * LATENT_CHANNELS * 2
+
     def __str__(self) -> str:
         return f"{self.width_px}x{self.height_px}x{self.frames}"
 

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from wan22_jax.checkpoint import find_run, open_checkpoints, read_meta, restore_state, save_state
 from wan22_jax.config import TrainConfig, dump_config, load_config
-from wan22_jax.data.cache import name_encoders
-from wan22_jax.data.loader import Loader, make_loader
-from wan22_jax.dataset import open_caches
+from wan22_jax.data.loader import Loader
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
-from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import (
     ModelCard,
     choose_transformer_dtype,
@@ -42,7 +39,13 @@ from wan22_jax.sharding import (
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
-from wan22_jax.training.step import compile_train_step, init_state, place_frozen, split_model
+from wan22_jax.training.step import (
+    compile_train_step,
+    init_state,
+    place_frozen,
+    split_model,
+    split_seed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,9 @@ def train(
         transformer_dtype=config.model.transformer_dtype,
     )
     loader = open_loader(config, card)
+    for line in loader.report:
+        log.info("%s", line)
+    log.info("%d steps an epoch", loader.steps_per_epoch)
     total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
@@ -114,7 +120,7 @@ def train(
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
     log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
     log.info("memory: %s", plan)
-    lora_key, draw_key = jax.random.split(jax.random.key(config.seed))
+    lora_key, draw_key = split_seed(config.seed)
     optimizer = make_optimizer(
         config.learning_rate,
         warmup_steps=config.warmup_steps,
@@ -191,20 +197,6 @@ def train(
     return run_dir
 
 
-def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
-    """Opens the caches and says what an epoch is made of."""
-    loader = make_loader(
-        open_caches(Path(config.dataset), encoders=name_encoders(card.digests)),
-        seed=config.seed,
-        micro_batch=config.micro_batch,
-        accumulation=config.gradient_accumulation_steps,
-    )
-    for line in loader.report:
-        log.info("%s", line)
-    log.info("%d steps an epoch", loader.steps_per_epoch)
-    return loader
-
-
 def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
     """Makes what every checkpoint of the run says of it, beside its step."""
     assert config.adapter is not None  # load_config refuses the rest
@@ -255,25 +247,6 @@ def _make_run_dir(output_dir: Path) -> Path:
             time.sleep(0.1)
         else:
             return run_dir
-
-
-def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:
-    """Makes the noise levels that training draws from in this bucket."""
-    model = config.model
-    shift = model.shift or 1.0
-    if model.flux_shift and not model.shift:
-        shift = flux_shift(bucket._replace(frames=1).num_tokens)
-    try:
-        grid = sigma_grid(
-            method=model.timestep_sample_method,
-            sigmoid_scale=model.sigmoid_scale,
-            shift=shift,
-            min_t=model.min_t,
-            max_t=model.max_t,
-        )
-    except ValueError as error:
-        raise BadInput(f"[model]: {error}") from None
-    return jnp.asarray(grid)
 
 
 def is_due(

@@ -18,6 +18,8 @@ from wan22_jax.errors import BadInput
 from wan22_jax.geometry import FPS, SIZE_MULTIPLE, Bucket, check_bucket
 
 Side = float | int
+MAX_RATIO = 100  # of width to height; the other way round, rounding leaves nothing of it
+MAX_SIDE_PX = 16384  # far above what trains; below what fills the memory
 
 
 class BucketRule(NamedTuple):
@@ -122,6 +124,8 @@ def _list_sizes(sizes: Sequence[Sequence[int]], source: str) -> tuple[tuple[floa
     if not sizes or any(len(size) != 3 for size in sizes):
         raise BadInput(f"{where}: expected a list of [width, height, frames]")
     buckets = [check_bucket(Bucket(*size), source=where) for size in sizes]
+    for bucket in buckets:
+        _check_side(max(bucket[:2]), where)
     return tuple((bucket.width_px / bucket.height_px, bucket) for bucket in buckets)
 
 
@@ -134,8 +138,10 @@ def _list_ratios(
 ) -> list[float]:
     if ar_buckets:
         for ar in ar_buckets:
-            if min(_list_numbers(ar, "ar_buckets", source)) <= 0:
+            sides = _list_numbers(ar, "ar_buckets", source)
+            if min(sides) <= 0:
                 raise BadInput(f"{source}: ar_buckets: {ar} is not above 0")
+            _check_side(max(sides), f"{source}: ar_buckets")
         ratios = [ar[0] / ar[1] if isinstance(ar, Sequence) else ar for ar in ar_buckets]
     elif min_ar and max_ar and num_ar_buckets and min_ar <= max_ar:
         ratios = np.geomspace(min_ar, max_ar, num_ar_buckets)
@@ -143,7 +149,13 @@ def _list_ratios(
         raise BadInput(
             f"{source}: enable_ar_bucket needs min_ar <= max_ar and num_ar_buckets, or ar_buckets"
         )
-    return sorted({round(float(ratio), 3) for ratio in ratios})
+    rounded = sorted({round(float(ratio), 3) for ratio in ratios})
+    if not 1 / MAX_RATIO <= rounded[0] <= rounded[-1] <= MAX_RATIO:
+        raise BadInput(
+            f"{source}: an aspect ratio of {rounded[0]} to {rounded[-1]} was asked for; "
+            f"width / height must lie between {1 / MAX_RATIO} and {MAX_RATIO}"
+        )
+    return rounded
 
 
 def _list_sides(resolutions: Sequence[Side | Sequence[Side]], source: str) -> list[float]:
@@ -151,6 +163,7 @@ def _list_sides(resolutions: Sequence[Side | Sequence[Side]], source: str) -> li
     for given in resolutions:
         if min(_list_numbers(given, "resolutions", source)) < SIZE_MULTIPLE:
             raise BadInput(f"{source}: resolutions: {given} is below {SIZE_MULTIPLE} pixels")
+        _check_side(max(_list_numbers(given, "resolutions", source)), f"{source}: resolutions")
         side = math.sqrt(given[0] * given[1]) if isinstance(given, Sequence) else given
         sides.add(round(float(side), 3))
     return sorted(sides)
@@ -162,6 +175,11 @@ def _list_numbers(given: Side | Sequence[Side], key: str, source: str) -> Sequen
     if len(given) != 2:
         raise BadInput(f"{source}: {key}: expected a number or [width, height], got {given}")
     return given
+
+
+def _check_side(side: Side, where: str) -> None:
+    if side > MAX_SIDE_PX:
+        raise BadInput(f"{where}: {side} is above {MAX_SIDE_PX} pixels")
 
 
 def _fit_area(side: float, ratio: float) -> tuple[int, int]:

@@ -1,35 +1,57 @@
 """Which clips make up training step k?
 
 A function of (seed, k) alone: each epoch shuffles the clips of each bucket, cuts them into global
-batches of one bucket each and shuffles those. So a run resumes from its step number, and the
-number of reading threads changes nothing. Grain reads ahead; its own shuffle is not used because
-it costs milliseconds per clip where there are few clips.
+batches of one bucket each and shuffles those. So a run resumes from its step number, and neither
+the number of reading threads nor that of processes changes anything. Grain reads ahead; its own
+shuffle is not used because it costs milliseconds per clip where there are few clips.
+
+An epoch has an entry for each caption of a clip. Its order is one array of entry numbers, so a
+million clips take megabytes.
 """
 
 import functools
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
+import ml_dtypes
 import numpy as np
 
 from wan22_jax.batch import Batch
-from wan22_jax.data.cache import Cache, ClipEntry
+from wan22_jax.data.cache import Cache
+from wan22_jax.data.index import NOWHERE
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.text import pad_text
 
-Member = tuple[Cache, ClipEntry]
+_ENTRY = np.dtype([("cache", np.uint16), ("clip", np.int32), ("caption", np.int32)])
+_UNCOND = 1  # sets the draws of caption dropout apart from those of the order
 
 
 class Step(NamedTuple):
     """What one optimizer step trains on."""
 
-    batch: Batch
+    batch: Batch  # of this process
     bucket: Bucket
-    clips: tuple[str, ...]  # file names, in the batch's order
+    clips: tuple[str, ...]  # file names of the global batch, in its order
+
+
+class Chosen(NamedTuple):
+    """One example of a step."""
+
+    cache: Cache
+    clip: int  # its number in the cache
+    caption: int | None  # which one; None: replaced by the empty caption
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return self.cache.clips.file(self.clip)
+
+    def read_caption(self) -> str:
+        """Reads the caption that it trains with; raises BadInput if the record is damaged."""
+        return self.cache.read_caption(self.clip, caption=self.caption)
 
 
 def make_loader(
@@ -38,29 +60,69 @@ def make_loader(
     seed: int,
     micro_batch: int,
     accumulation: int,
+    subsample_ratio: float | int | None = None,
+    uncond_fraction: float | int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> "Loader":
     """Builds the loader over one or more caches.
 
     Args:
         caches: each with its ``num_repeats``: how often an epoch uses its clips; 0.5 uses half.
         seed: not negative.
-        micro_batch: clips in one forward pass, of all devices together.
+        micro_batch: clips in one forward pass, of all devices and processes together.
         accumulation: forward passes in one step.
+        subsample_ratio: an epoch ends after this share of its steps; others every time.
+        uncond_fraction: probability that the empty caption takes the place of a clip's own.
+        process_index: reads this part of every micro-batch ...
+        process_count: ... of so many equal ones.
 
     Raises:
-        BadInput: no bucket has as many clips as one step takes.
+        BadInput: no bucket has as many clips as one step takes, an epoch has no step, a cache has
+            no empty caption though one is asked for, or micro-batches do not divide.
     """
-    members = _group_by_bucket(caches)
+    if micro_batch % process_count:
+        raise BadInput(
+            f"a micro-batch of {micro_batch} clips does not divide among {process_count} "
+            "processes; make micro_batch_size_per_gpu x GPUs a multiple of them"
+        )
+    for cache, _ in caches:
+        if uncond_fraction and cache.uncond_row == NOWHERE:
+            raise BadInput(
+                f"{cache.folder}: holds no empty caption, which uncond_fraction = "
+                f"{uncond_fraction} needs; run wan22-cache on this dataset"
+            )
+    entries = _list_entries(caches)
     per_step = micro_batch * accumulation
-    report = [_describe(bucket, len(members[bucket]), per_step) for bucket in sorted(members)]
-    usable = {b: members[b] for b in sorted(members) if len(members[b]) >= per_step}
+    report = [_describe(bucket, len(entries[bucket]), per_step) for bucket in sorted(entries)]
+    usable = {b: entries[b] for b in sorted(entries) if len(entries[b]) >= per_step}
     if not usable:
         raise BadInput(
             f"{', '.join(str(cache.folder) for cache, _ in caches)}: one step takes {per_step} "
             "clips of one bucket (micro_batch_size_per_gpu x gradient_accumulation_steps x GPUs), "
             f"but there are: {'; '.join(report)}; add clips, raise num_repeats or lower those"
         )
-    return Loader(usable, seed=seed, lead=(accumulation, micro_batch), report=report)
+    num_steps = sum(len(some) // per_step for some in usable.values())
+    kept = num_steps if subsample_ratio is None else int(num_steps * subsample_ratio)
+    if not kept:
+        raise BadInput(
+            f"subsample_ratio = {subsample_ratio} of the {num_steps} steps of an epoch leaves "
+            "none; raise it"
+        )
+    if kept < num_steps:
+        report.append(f"subsample_ratio keeps {kept} of {num_steps} steps, others each epoch")
+    size = micro_batch // process_count
+    positions_AB = np.arange(per_step).reshape(accumulation, micro_batch)
+    return Loader(
+        [cache for cache, _ in caches],
+        usable,
+        seed=seed,
+        per_step=per_step,
+        own_AB=positions_AB[:, process_index * size : (process_index + 1) * size],
+        steps_per_epoch=kept,
+        uncond_fraction=uncond_fraction,
+        report=report,
+    )
 
 
 class Loader:
@@ -74,30 +136,58 @@ class Loader:
 
     def __init__(
         self,
-        members: Mapping[Bucket, Sequence[Member]],
+        caches: Sequence[Cache],
+        entries: dict[Bucket, np.ndarray],
         *,
         seed: int,
-        lead: tuple[int, int],
+        per_step: int,
+        own_AB: np.ndarray,
+        steps_per_epoch: int,
+        uncond_fraction: float | int,
         report: Sequence[str],
     ):
-        self._members = members
+        self._caches = caches
+        self._buckets = list(entries)
+        self._sizes = [len(some) for some in entries.values()]
+        self._entries = np.concatenate(list(entries.values()))
+        self._bucket_start = np.cumsum([0, *self._sizes])
+        self._masked = [_has_masks(caches, some) for some in entries.values()]
         self._seed = seed
-        self._lead = lead  # accumulation, micro-batch
-        self._per_step = lead[0] * lead[1]
+        self._per_step = per_step
+        self._own_AB = own_AB  # positions in the global batch
+        self._uncond_fraction = uncond_fraction
         self._order = functools.lru_cache(2)(self._shuffle)  # steps read ahead span two epochs
-        self.steps_per_epoch = sum(len(clips) // self._per_step for clips in members.values())
+        self.steps_per_epoch = steps_per_epoch
         self.report = tuple(report)
 
     def __getitem__(self, step: int) -> Step:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        bucket, rows = self._order(epoch)[position]
-        chosen = [self._members[bucket][row] for row in rows]
-        arrays = [cache.read(clip) for cache, clip in chosen]
+        bucket, chosen = self.choose(step)
+        own = [chosen[position] for position in self._own_AB.flat]
+        clips = [one.cache.read(one.clip, caption=one.caption) for one in own]
+        mask_ABYX = None
+        if self._masked[self._buckets.index(bucket)]:  # not by the batch: one program a bucket
+            ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
+            mask_ABYX = self._split([ones_YX if c.mask_YX is None else c.mask_YX for c in clips])
         batch = Batch(
-            self._split(np.stack([clip.latents_TYXC for clip in arrays])),
-            self._split(pad_text([clip.text_SE for clip in arrays])),
+            self._split([clip.latents_TYXC for clip in clips]),
+            self._split(pad_text([clip.text_SE for clip in clips])),
+            mask_ABYX,
         )
-        return Step(batch, bucket, tuple(clip.file for _, clip in chosen))
+        return Step(batch, bucket, tuple(one.file for one in chosen))
+
+    def choose(self, step: int) -> tuple[Bucket, list[Chosen]]:
+        """Returns the bucket and the global batch of a step without reading it."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        rows = self._order(epoch)[position]
+        bucket = int(np.searchsorted(self._bucket_start, rows[0], side="right")) - 1
+        draws = np.random.default_rng((self._seed, step, _UNCOND)).random(self._per_step)
+        dropped = draws < self._uncond_fraction
+        return self._buckets[bucket], [
+            Chosen(self._caches[cache], clip, None if is_dropped else caption)
+            for (cache, clip, caption), is_dropped in zip(
+                self._entries[rows].tolist(), dropped, strict=True
+            )
+        ]
 
     def iterate(self, first_step: int, *, ahead: int = 2) -> Iterator[Step]:
         """Yields the steps from ``first_step`` on, while threads read this many ``ahead``."""
@@ -105,27 +195,42 @@ class Loader:
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         return iter(steps.to_iter_dataset(options))
 
-    def _shuffle(self, epoch: int) -> list[tuple[Bucket, np.ndarray]]:
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        """Draws the entries of each step of an epoch, [steps, clips]."""
         rng = np.random.default_rng((self._seed, epoch))
         batches = []
-        for bucket, clips in self._members.items():
-            shuffled = rng.permutation(len(clips))
-            whole = len(clips) // self._per_step * self._per_step
-            batches += [(bucket, rows) for rows in shuffled[:whole].reshape(-1, self._per_step)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        for start, size in zip(self._bucket_start, self._sizes, strict=False):
+            shuffled = rng.permutation(size)[: size // self._per_step * self._per_step]
+            batches.append((start + shuffled).reshape(-1, self._per_step))
+        return rng.permutation(np.concatenate(batches))[: self.steps_per_epoch]
 
-    def _split(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(*self._lead, *array.shape[1:])
+    def _split(self, arrays: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        array = np.asarray(arrays)
+        return array.reshape(*self._own_AB.shape, *array.shape[1:])
 
 
-def _group_by_bucket(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, list[Member]]:
-    members: dict[Bucket, list[Member]] = defaultdict(list)
-    for cache, num_repeats in caches:
-        for bucket in {clip.bucket for clip in cache.clips}:
-            clips = [clip for clip in cache.clips if clip.bucket == bucket]
-            count = int(len(clips) * num_repeats)
-            members[bucket] += [(cache, clips[index % len(clips)]) for index in range(count)]
-    return members
+def _list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
+    entries: dict[Bucket, list[np.ndarray]] = {}
+    for cache_number, (cache, num_repeats) in enumerate(caches):
+        num_captions_N = np.diff(cache.clips.text_end_N, prepend=0)
+        for bucket_number, bucket in enumerate(cache.clips.buckets):
+            clips = np.flatnonzero(cache.clips.bucket_N == bucket_number)
+            counts = num_captions_N[clips]
+            some = np.empty(counts.sum(), _ENTRY)
+            some["cache"] = cache_number
+            some["clip"] = np.repeat(clips, counts)
+            some["caption"] = np.arange(len(some)) - np.repeat(np.cumsum(counts) - counts, counts)
+            # First captions come first, so that half a repeat takes as many clips as it can.
+            some = some[np.argsort(some["caption"], kind="stable")]
+            entries.setdefault(bucket, []).append(np.resize(some, int(len(some) * num_repeats)))
+    return {bucket: np.concatenate(some) for bucket, some in entries.items()}
+
+
+def _has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
+    return any(
+        bool(np.any(cache.clips.mask_row_N[entries["clip"][entries["cache"] == number]] != NOWHERE))
+        for number, cache in enumerate(caches)
+    )
 
 
 def _describe(bucket: Bucket, clips: int, per_step: int) -> str:

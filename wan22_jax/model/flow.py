@@ -79,13 +79,18 @@ def velocity_loss(
     clean_BTYXC: Float[Array, "B T Y X C"],
     noise_BTYXC: Float[Array, "B T Y X C"],
     weight_BT: Float[Array, "B T"],
+    mask_BYX: Float[Array, "B Y X"] | None = None,
 ) -> Float[Array, " B"]:
     """Mean squared error to noise - clean over the frames with weight 1, one value an example.
 
     Float32. A frame of weight 0 (a given first frame) is left out of sum and count alike, so a
-    text-to-video example is the plain mean over all its elements.
+    text-to-video example is the plain mean over all its elements. A mask multiplies the squares
+    of every frame and channel and leaves their count as it is (diffusion-pipe, section 3.2).
     """
     target_BTYXC = noise_BTYXC.astype(jnp.float32) - clean_BTYXC.astype(jnp.float32)
     error_BTYXC = velocity_BTYXC.astype(jnp.float32) - target_BTYXC
-    frame_loss_BT = jnp.mean(jnp.square(error_BTYXC), axis=(2, 3, 4))
+    square_BTYXC = jnp.square(error_BTYXC)
+    if mask_BYX is not None:
+        square_BTYXC *= mask_BYX.astype(jnp.float32)[:, None, :, :, None]
+    frame_loss_BT = jnp.mean(square_BTYXC, axis=(2, 3, 4))
     return jnp.sum(frame_loss_BT * weight_BT, axis=1) / jnp.sum(weight_BT, axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
@@ -99,6 +99,12 @@ def place_frozen(
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
 
+def split_seed(seed: int) -> tuple[Array, Array]:
+    """Makes a run's two keys: of the adapter's first values and of the examples' draws."""
+    lora_key, draw_key = jax.random.split(jax.random.key(seed))
+    return lora_key, draw_key
+
+
 def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """Makes the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -129,12 +135,37 @@ def draw_example(
     )
 
 
+def draw_examples(
+    step_key: Array,
+    positions_B: Int[Array, " B"],
+    *,
+    sigma_grid: Float[Array, " G"],
+    shape_TYXC: tuple[int, ...],
+    i2v_fraction: float,
+) -> Draws:
+    """Draws the examples at some positions of a step's global batch, see ``draw_example``.
+
+    Args:
+        step_key: ``fold_in`` of ``split_seed``'s second key and the step, counted from 0.
+        positions_B: of each example, counted over the accumulated micro-batches.
+        sigma_grid: see ``flow.sigma_grid``.
+        shape_TYXC: of the latents.
+        i2v_fraction: share of image-to-video examples.
+    """
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
+    draw = partial(
+        draw_example, sigma_grid=sigma_grid, shape_TYXC=shape_TYXC, i2v_fraction=i2v_fraction
+    )
+    return jax.vmap(draw)(keys_B)
+
+
 def loss_fn(
     trainable: nnx.State,
     frozen: Frozen,
     latents_BTYXC: Float[Array, "B T Y X C"],
     text_BSE: Float[Array, "B S E"],
     draws: Draws,
+    mask_BYX: Float[Array, "B Y X"] | None = None,
     *,
     graphdef: nnx.GraphDef,
     activation_checkpointing: bool | str,
@@ -150,7 +181,8 @@ def loss_fn(
         activation_checkpointing=activation_checkpointing,
         parts=frozen.parts,
     )
-    return velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T).mean()
+    loss_B = velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T, mask_BYX)
+    return loss_B.mean()
 
 
 def train_step(
@@ -183,24 +215,24 @@ def train_step(
     loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
     grad_fn = jax.value_and_grad(loss)
 
-    def accumulate(grads: nnx.State, micro: tuple[Array, ...]) -> tuple[nnx.State, Array]:
-        latents_BTYXC, text_BSE, index = micro
-        positions_B = index * batch_size + jnp.arange(batch_size)
-        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
-        draw = partial(
-            draw_example,
+    def accumulate(
+        grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
+    ) -> tuple[nnx.State, Array]:
+        latents_BTYXC, text_BSE, mask_BYX, index = micro
+        draws = draw_examples(
+            step_key,
+            index * batch_size + jnp.arange(batch_size),
             sigma_grid=sigma_grid,
             shape_TYXC=latents_BTYXC.shape[1:],
             i2v_fraction=i2v_fraction,
         )
-        draws = jax.vmap(draw)(keys_B)
-        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws)
+        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX)
         return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
 
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    micros = (*map(jnp.asarray, batch), jnp.arange(num_accumulate))
+    micros = (*jax.tree.map(jnp.asarray, batch), jnp.arange(num_accumulate))
     if num_accumulate == 1:  # no copy of the gradient
-        grads, loss_A = accumulate(zeros, tuple(micro[0] for micro in micros))
+        grads, loss_A = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
     else:
         grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

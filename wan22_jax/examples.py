@@ -1,0 +1,91 @@
+"""What does step k of a run train on: which clips, captions, noise levels and tasks?"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan22_jax.config import TrainConfig, load_dataset
+from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.loader import Loader, make_loader
+from wan22_jax.dataset import choose_uncond_fraction, open_caches
+from wan22_jax.errors import BadInput
+from wan22_jax.geometry import LATENT_CHANNELS, Bucket
+from wan22_jax.model.flow import flux_shift, sigma_grid
+from wan22_jax.model_folder import ModelCard
+from wan22_jax.training.step import draw_examples, split_seed
+
+
+def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
+    """Opens the caches of the data set for a run.
+
+    Raises:
+        BadInput: as ``open_caches`` and ``make_loader``.
+    """
+    dataset = Path(config.dataset)
+    return make_loader(
+        open_caches(dataset, encoders=name_encoders(card.digests)),
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        accumulation=config.gradient_accumulation_steps,
+        subsample_ratio=load_dataset(dataset).subsample_ratio,
+        uncond_fraction=choose_uncond_fraction(dataset, in_main_file=config.uncond_fraction),
+    )
+
+
+def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:
+    """Makes the noise levels that training draws from in this bucket."""
+    model = config.model
+    shift = model.shift or 1.0
+    if model.flux_shift and not model.shift:
+        shift = flux_shift(bucket._replace(frames=1).num_tokens)
+    try:
+        grid = sigma_grid(
+            method=model.timestep_sample_method,
+            sigmoid_scale=model.sigmoid_scale,
+            shift=shift,
+            min_t=model.min_t,
+            max_t=model.max_t,
+        )
+    except ValueError as error:
+        raise BadInput(f"[model]: {error}") from None
+    return jnp.asarray(grid)
+
+
+def describe_step(config: TrainConfig, loader: Loader, step: int) -> str:
+    """Says what a step trains on, a line for each example of its global batch.
+
+    Args:
+        config: of the run.
+        loader: from ``open_loader`` of the same config.
+        step: counted from 0; what is printed counts from 1, as logs and checkpoints do.
+    """
+    bucket, chosen = loader.choose(step)
+    _, draw_key = split_seed(config.seed)
+
+    @jax.jit  # which leaves out the noise
+    def draw() -> tuple[jax.Array, jax.Array]:
+        draws = draw_examples(
+            jax.random.fold_in(draw_key, step),
+            jnp.arange(len(chosen)),
+            sigma_grid=make_grid(config, bucket),
+            shape_TYXC=(*bucket.latent_TYX, LATENT_CHANNELS),
+            i2v_fraction=config.i2v_fraction,
+        )
+        return draws.sigma_T, draws.weight_T
+
+    sigma_BT, weight_BT = map(np.asarray, draw())
+    epoch, position = divmod(step, loader.steps_per_epoch)
+    lines = [
+        f"step {step + 1}: {bucket}, epoch {epoch + 1}, {position + 1} of {loader.steps_per_epoch}",
+        f"{'micro-batch':>11} {'sigma':>7} task  clip: caption",
+    ]
+    for number, one in enumerate(chosen):
+        task = "i2v" if weight_BT[number, 0] == 0 else "t2v"
+        caption = "(dropped)" if one.caption is None else repr(one.read_caption())
+        lines.append(
+            f"{number // config.micro_batch + 1:>11} {sigma_BT[number, -1]:>7.4f} {task}   "
+            f"{one.cache.folder.parents[1] / one.file}: {caption}"
+        )
+    return "\n".join(lines)
