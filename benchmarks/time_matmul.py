@@ -205,22 +205,23 @@ def time_calls(
     weights: list[jax.Array],
 ) -> tuple[float, tuple[jax.Array, ...]]:
     """The median time of a call among several in one program, and what the first one returns."""
-    x, row_scale, *rest = operands
-    row_scales = [row_scale * 2.0**n for n in range(NUM_CALLS)]  # no two calls are the same
 
     @jax.jit
-    def run_all(row_scales: list, weights: list, x: jax.Array, *rest: Any) -> tuple:
-        first, *others = (
-            run(multiply_add, case, tokens, weights[number % NUM_WEIGHTS], x, row_scale, *rest)
-            for number, row_scale in enumerate(row_scales)
-        )
-        return first, [out[0, 0] for outs in others for out in outs]
+    def run_all(weights: list, x: jax.Array, row_scale: jax.Array, *rest: Any) -> tuple:
+        every: list[tuple] = []
+        for number in range(NUM_CALLS):
+            # None is computed beside another, or once for two.
+            x, row_scale, every = jax.lax.optimization_barrier((x, row_scale, every))
+            weight = weights[number % NUM_WEIGHTS]
+            outs = run(multiply_add, case, tokens, weight, x, row_scale, *rest)
+            every.append(outs if not every else tuple(out[0, 0] for out in outs))
+        return every[0], every[1:]
 
-    outs, _ = jax.block_until_ready(run_all(row_scales, weights, x, *rest))
+    outs, _ = jax.block_until_ready(run_all(weights, *operands))
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
-        jax.block_until_ready(run_all(row_scales, weights, x, *rest))
+        jax.block_until_ready(run_all(weights, *operands))
         seconds.append((time.perf_counter() - start) / NUM_CALLS)
     return statistics.median(seconds), outs
 
