@@ -475,9 +475,12 @@ def test_what_is_no_file_does_not_keep_the_reader_waiting(data):
     data.video("a.mp4")
     os.mkfifo(data.folder / "pipe.mp4")
     (data.folder / "gone.mp4").symlink_to("nowhere.mp4")
-    found = data.survey()
+    (data.folder / "loop.mp4").symlink_to("loop.mp4")
+    (data.folder / "masks").mkdir()
+    found = data.survey(f"mask_path = '{data.folder / 'masks'}'")
     assert found["pipe.mp4"].reason.endswith("pipe.mp4: is not a file; remove it")
     assert found["gone.mp4"].reason.endswith("cannot be read (No such file or directory)")
+    assert found["loop.mp4"].reason.endswith("cannot be read (Too many levels of symbolic links)")
 
 
 def test_facts_do_not_pile_up(tmp_path):

@@ -242,7 +242,7 @@ def _list_files(folder: Folder, warn: Callable[[str], None]) -> tuple[list[str],
     if not folder.path.is_dir():
         raise BadInput(f"{folder.path}: no such folder; correct path in the dataset file")
     own = (folder.mask_path, folder.first_frame_path, folder.default_mask_file)
-    aside = {path.resolve() for path in own if path}
+    aside = {os.path.realpath(path) for path in own if path}  # Path.resolve stops at a loop
     files: list[str] = []
     subfolders: list[str] = []
     waiting = [Path()]
@@ -253,9 +253,9 @@ def _list_files(folder: Folder, warn: Callable[[str], None]) -> tuple[list[str],
             entries = sorted(found, key=lambda entry: entry.name)
         entries = [entry for entry in entries if not entry.name.startswith(".")]
         if aside:
-            entries = [entry for entry in entries if Path(entry.path).resolve() not in aside]
-        files += _sort_out(below, [e for e in entries if not e.is_dir()], warn)
-        for entry in reversed([entry for entry in entries if entry.is_dir()]):
+            entries = [entry for entry in entries if os.path.realpath(entry) not in aside]
+        files += _sort_out(below, [entry for entry in entries if not _is_folder(entry)], warn)
+        for entry in reversed(list(filter(_is_folder, entries))):
             if below / entry.name == Path(CACHE_FOLDER.parts[0]):
                 continue
             if not folder.recursive:
@@ -273,6 +273,13 @@ def _list_files(folder: Folder, warn: Callable[[str], None]) -> tuple[list[str],
             "(.txt of the same name) there, or correct path in the dataset file"
         )
     return sorted(files), subfolders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a loop; it shows when the file is read
+        return False
 
 
 def _sort_out(
