@@ -1,6 +1,7 @@
 """Captions: where they come from, what becomes of them, what is refused."""
 
 import json
+import os
 import unicodedata
 from collections import Counter
 
@@ -29,6 +30,13 @@ def test_text_files(tmp_path):
     captions = Captions(tmp_path, ["."])
     assert [captions.read(f"{stem}.mp4") for stem in "abc"] == [("a cat",), ("",), ()]
     assert captions.name_source("c.mp4") == tmp_path / "c.txt"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "captions.json", "metadata.jsonl"])
+def test_a_pipe_does_not_keep_the_reader_waiting(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(BadInput, match=f"{name}: is not a file"):
+        Captions(tmp_path, ["."]).read("a.mp4")
 
 
 def test_captions_json_wins_over_text_files_even_where_it_has_no_caption(tmp_path):

@@ -14,6 +14,7 @@ diffusion-pipe, a name that is not in captions.json has no caption, whatever lie
 
 import hashlib
 import json
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -180,6 +181,8 @@ def _normalize(name: str) -> str:
 
 def _read_text(path: Path) -> str | None:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would keep its reader waiting
+            raise BadInput(f"{path}: is not a file; remove it")
         return path.read_text("utf-8-sig")
     except FileNotFoundError:
         return None
