@@ -156,6 +156,8 @@ def test_a_folder_within_a_recursive_one_is_refused(data):
     assert len(data.directories(inner)) == 2
     with pytest.raises(BadInput, match="which is read with all its sub-folders"):
         data.directories(f"recursive = true\n{inner}")
+    (data.folder / "loop").symlink_to("loop")  # has no place; the survey says that it is no folder
+    assert len(data.directories(f"[[directory]]\npath = '{data.folder}/loop'")) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What does a dataset file ask for: which folders, which buckets, which caches?"""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def _check_default_mask(folder: Folder, source: str) -> None:
 
 
 def _check_apart(directories: list[Directory], dataset_file: Path) -> None:
-    resolved = [directory.path.resolve() for directory in directories]
+    # Path.resolve stops at a link that leads to itself; the survey says that it is no folder.
+    resolved = [Path(os.path.realpath(directory.path)) for directory in directories]
     for number, path in enumerate(resolved):
         for other, directory in enumerate(directories):
             if other == number:
