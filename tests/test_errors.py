@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from wan22_jax.errors import BadInput, is_full_disk, run_command
+from wan22_jax.errors import BadInput, is_full_disk, one_line, run_command
 
 
 def fail_with(error: Exception) -> int:
@@ -18,6 +18,13 @@ def fail_with(error: Exception) -> int:
 def test_a_message_of_several_lines_is_printed_as_one(capsys):
     assert fail_with(BadInput("a.toml: this\n  and that")) == 2
     assert capsys.readouterr().err == "error: a.toml: this and that\n"
+
+
+def test_no_file_name_breaks_a_line_or_colours_the_terminal(capsys):
+    name = os.fsdecode("ä 日本\n\x1b[31m\u2028".encode() + b"\xff")
+    assert one_line(name) == r"ä 日本\n\x1b[31m\u2028?"
+    assert fail_with(BadInput(name)) == 2
+    assert capsys.readouterr().err == "error: ä 日本 \\x1b[31m ?\n"
 
 
 @pytest.mark.parametrize(

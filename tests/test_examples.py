@@ -49,7 +49,7 @@ def test_a_described_step_is_the_one_that_is_trained(tmp_path, monkeypatch, numb
     )
     found = [
         re.fullmatch(r" *(\d) +(0\.\d{4}) (t2v|i2v)   (\S+): (.*)", line).groups()
-        for line in describe_step(config, loader, number).splitlines()[2:]
+        for line in describe_step(config, loader, number)[2:]
     ]
 
     seen = []

@@ -35,7 +35,7 @@ from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
 from wan22_jax.data.upkeep import collect_garbage, describe_found, verify_cache
 from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, choose_uncond_fraction, open_caches, read_directories
-from wan22_jax.errors import BadInput, run_command
+from wan22_jax.errors import BadInput, one_line, run_command
 from wan22_jax.examples import describe_step, open_loader
 from wan22_jax.geometry import TIME_STRIDE
 from wan22_jax.model.vae import WanVAE
@@ -176,8 +176,8 @@ def show_batch(config: TrainConfig, step: int) -> None:
         raise BadInput(f"--show-batch {step}: steps count from 1")
     jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
     loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
-    lines = describe_step(config, loader, step - 1)
-    sys.stdout.write(f"{lines.encode(errors='replace').decode()}\n")  # a file name may be no UTF-8
+    for line in describe_step(config, loader, step - 1):
+        _print(line)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -396,12 +396,11 @@ def _describe(jobs: Sequence[Work]) -> str:
 
 
 def _print(line: str) -> None:
-    printable = line.encode(errors="replace").decode()  # a file name may be no UTF-8
-    tqdm.write(printable, file=sys.stdout)
+    tqdm.write(one_line(line), file=sys.stdout)
 
 
 def _warn(line: str) -> None:
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    tqdm.write(f"warning: {one_line(line)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

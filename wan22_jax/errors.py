@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 
 
@@ -29,8 +30,22 @@ def run_command(command: Callable[[], object]) -> int:
         return 130
     else:
         return 0
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     return 2
+
+
+def one_line(text: str) -> str:
+    """Makes a text that quotes file names, which may hold any bytes, safe for a terminal.
+
+    Line breaks and other control characters show as escapes, what is no UTF-8 as '?'.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROLS else c
+        for c in text.encode(errors="replace").decode()
+    )
+
+
+_CONTROLS = ("Cc", "Zl", "Zp")
 
 
 def is_full_disk(error: Exception) -> bool:

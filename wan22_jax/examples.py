@@ -53,8 +53,8 @@ def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:
     return jnp.asarray(grid)
 
 
-def describe_step(config: TrainConfig, loader: Loader, step: int) -> str:
-    """Says what a step trains on, a line for each example of its global batch.
+def describe_step(config: TrainConfig, loader: Loader, step: int) -> list[str]:
+    """Returns lines that say what a step trains on, one for each example of its global batch.
 
     Args:
         config: of the run.
@@ -88,4 +88,4 @@ def describe_step(config: TrainConfig, loader: Loader, step: int) -> str:
             f"{number // config.micro_batch + 1:>11} {sigma_BT[number, -1]:>7.4f} {task}   "
             f"{one.cache.folder.parents[1] / one.file}: {caption}"
         )
-    return "\n".join(lines)
+    return lines
