@@ -251,6 +251,10 @@ def test_exit_codes(sound, tmp_path, capsys):
     assert "never trained" in capsys.readouterr().out
     assert Run(tmp_path / "none", tmp_path / "nowhere").code == 2
     assert "no such folder" in capsys.readouterr().err
+    few = "subsample_ratio = 0.01"
+    assert Run(tmp_path / "no step", sound, few).code == 2
+    assert "an epoch has no step" in capsys.readouterr().out
+    assert Run(tmp_path / "no step", sound, few, arguments=["--allow-drop"]).code == 2
     (sound / "h264.txt").unlink()
     skipped = Run(tmp_path / "skipped", sound, "skip_empty_caption = true")
     assert skipped.code == 0
@@ -277,6 +281,8 @@ def test_steps_are_counted_as_the_loader_counts_them(sound, tmp_path):
     }
     assert run.report["totals"]["steps_per_epoch"] == 3
     assert run.report["totals"]["steps_left_out_by_subsample_ratio"] == 3
+    tokens = 2 * (3 * 3 * 5 + 1 * 3 * 5 + 2 * 4 * 3)  # of all six steps
+    assert run.report["totals"]["tokens_per_epoch"] == tokens // 2
     assert run.report["totals"]["files"]["skipped"] == 17
 
 

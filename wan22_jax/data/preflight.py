@@ -7,7 +7,7 @@
             and the reason why it has no clips
   buckets   per bucket: clips, entries of an epoch (repeats and captions counted), steps, entries
             that each epoch leaves out (others every time), tokens of a clip, bytes of all latents
-  totals    files by verdict, clips, steps an epoch, tokens an epoch, bytes
+  totals    files by verdict, clips, steps and (mean) tokens an epoch, bytes
   notes     what else lies there
 
 Memory does not grow with the number of files: the file is written as they come.
@@ -91,12 +91,14 @@ def choose_exit_code(totals: dict[str, Any], *, allow_drop: bool) -> int:
     """Says how ``wan22-cache --dry-run`` ends.
 
     2 if a file is broken or no clip is left, 1 if sound clips would not train (no bucket takes
-    them, or one has fewer than a step takes) and that is not allowed, else 0.
+    them, or one has fewer than a step takes) and that is not allowed, else 0; but 2 if an epoch
+    has no step, which training refuses.
     """
     if totals["files"]["error"] or not totals["clips"]:
         return 2
-    lost = totals["files"]["dropped"] or totals["clips_never_trained"]
-    return int(bool(lost) and not allow_drop)
+    if (totals["files"]["dropped"] or totals["clips_never_trained"]) and not allow_drop:
+        return 1
+    return 0 if totals["steps_per_epoch"] else 2
 
 
 class _Counts:
@@ -146,19 +148,17 @@ def _sum_up(counts: _Counts, epoch: Epoch) -> dict[str, Any]:
     steps = {bucket: counts.entries[bucket] // epoch.per_step for bucket in counts.clips}
     num_steps = sum(steps.values())
     ratio = epoch.subsample_ratio
+    kept = num_steps if ratio is None else int(num_steps * ratio)
+    tokens = sum(n * epoch.per_step * bucket.num_tokens for bucket, n in steps.items())
     verdicts = ("used", "skipped", "dropped", "error")
     return {
         "files": {verdict: counts.verdicts[verdict] for verdict in verdicts},
         "clips": counts.clips.total(),
         "clips_never_trained": sum(counts.clips[bucket] for bucket in steps if not steps[bucket]),
         "clips_per_step": epoch.per_step,
-        "steps_per_epoch": num_steps if ratio is None else int(num_steps * ratio),
-        "steps_left_out_by_subsample_ratio": 0
-        if ratio is None
-        else num_steps - int(num_steps * ratio),
-        "tokens_per_epoch": sum(
-            n * epoch.per_step * bucket.num_tokens for bucket, n in steps.items()
-        ),
+        "steps_per_epoch": kept,
+        "steps_left_out_by_subsample_ratio": num_steps - kept,
+        "tokens_per_epoch": tokens * kept // max(num_steps, 1),
         "bytes": sum(bucket.num_bytes * number for bucket, number in counts.clips.items()),
     }
 
@@ -195,6 +195,8 @@ def _format_table(buckets: Iterable[dict[str, Any]], totals: dict[str, Any]) -> 
     )
     if left_out := totals["steps_left_out_by_subsample_ratio"]:
         yield f"subsample_ratio leaves out {left_out} more steps of each epoch, others every time"
+    if totals["clips"] and not totals["steps_per_epoch"]:
+        yield "an epoch has no step: training would refuse this"
 
 
 @contextmanager
