@@ -384,6 +384,14 @@ def test_settings_of_a_directory_come_first(place):
     assert {clip.bucket.width_px for clip in cache.clips} == {32}
 
 
+def test_the_clip_mode_of_the_main_file_counts_for_readers_too(place, capsys):
+    place.fill()
+    place.dataset.write_text(place.dataset.read_text() + "clips_per_video = 2\n")
+    for arguments in ((), ("--verify",), ("--show-batch", "1")):
+        assert place.run(*arguments, "video_clip_mode=uniform") == 0
+    assert "5 clips, 5 latents" in capsys.readouterr().out
+
+
 def test_a_folder_listed_twice_is_refused(place, capsys):
     place.fill()
     place.dataset.write_text(

@@ -86,12 +86,15 @@ def choose_uncond_fraction(dataset_file: Path, *, in_main_file: float | int) -> 
     return in_main_file if own is None else own
 
 
-def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float | int]]:
+def open_caches(
+    dataset_file: Path, *, encoders: str, clip_mode: ClipMode = "single_beginning"
+) -> list[tuple[Cache, float | int]]:
     """Opens every directory's cache, each with its ``num_repeats``.
 
     Args:
         dataset_file: the dataset TOML.
         encoders: ``name_encoders`` of the model in use.
+        clip_mode: ``video_clip_mode`` of the main file.
 
     Raises:
         BadInput: as ``read_directories`` and ``open_cache``.
@@ -101,7 +104,7 @@ def open_caches(dataset_file: Path, *, encoders: str) -> list[tuple[Cache, float
             open_cache(directory.cache_folder, encoders=encoders, buckets=directory.rule.buckets),
             directory.num_repeats,
         )
-        for directory in read_directories(dataset_file)
+        for directory in read_directories(dataset_file, clip_mode=clip_mode)
     ]
 
 

@@ -155,14 +155,16 @@ def encode_dataset(
     sys.stdout.write(f"{_describe(jobs)}{describe_peak_memory()}\n")
 
 
-def verify_dataset(dataset_file: Path, model: Path) -> None:
-    """Reads every record of a dataset file's caches; prints a line of counts for each.
+def verify_dataset(config: TrainConfig) -> None:
+    """Reads every record of a data set's caches; prints a line of counts for each.
 
     Raises:
         BadInput: a cache is incomplete, or records of it are damaged; names the first of them.
     """
-    encoders = name_encoders(read_model_card(model).digests)
-    for cache, _ in open_caches(dataset_file, encoders=encoders):
+    encoders = name_encoders(read_model_card(Path(config.model.ckpt_path)).digests)
+    for cache, _ in open_caches(
+        Path(config.dataset), encoders=encoders, clip_mode=config.video_clip_mode
+    ):
         sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
 
 
@@ -185,7 +187,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return choose_exit_code(_report(config), allow_drop=arguments.allow_drop)
     if arguments.verify:
-        verify_dataset(Path(config.dataset), Path(config.model.ckpt_path))
+        verify_dataset(config)
         return 0
     if arguments.show_batch is not None:
         show_batch(config, arguments.show_batch)

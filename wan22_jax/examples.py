@@ -25,7 +25,11 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
     """
     dataset = Path(config.dataset)
     return make_loader(
-        open_caches(dataset, encoders=name_encoders(card.digests)),
+        open_caches(
+            dataset,
+            encoders=name_encoders(card.digests),
+            clip_mode=config.video_clip_mode,
+        ),
         seed=config.seed,
         micro_batch=config.micro_batch,
         accumulation=config.gradient_accumulation_steps,
