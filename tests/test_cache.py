@@ -183,7 +183,10 @@ def test_no_shard_takes_the_name_of_one_that_was_deleted(tmp_path):
 
 def test_a_damaged_index_is_named(tmp_path):
     fill(tmp_path, [0])
-    for damage in (b"", b"junk", (tmp_path / "clips.index").read_bytes()[:400]):
+    good = (tmp_path / "clips.index").read_bytes()
+    arrays = range(good.index(b"}}"), len(good))
+    flipped = [good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :] for at in arrays]
+    for damage in (b"", b"junk", good[:400], *flipped):
         (tmp_path / "clips.index").write_bytes(damage)
         with pytest.raises(BadInput, match=r"clips\.index: is damaged .*run wan22-cache"):
             open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])

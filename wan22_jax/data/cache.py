@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from safetensors import SafetensorError, deserialize
 
 from wan22_jax.batch import CachedClip
-from wan22_jax.data.index import NOWHERE, Index, Shard
+from wan22_jax.data.index import BAD_INDEX, NOWHERE, Index, Shard
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 
@@ -130,9 +130,8 @@ class Cache:
         return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
 
 
-# What reading a damaged record, or a damaged index, raises.
+# What reading a damaged record raises.
 DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)
-BAD_INDEX = (ValueError, KeyError)
 
 
 def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cache:

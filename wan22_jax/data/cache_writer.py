@@ -26,8 +26,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from wan22_jax.data.cache import BAD_INDEX, HEADER, INDEX, VERSION, check_header, check_shard
+from wan22_jax.data.cache import HEADER, INDEX, VERSION, check_header, check_shard
 from wan22_jax.data.index import (
+    BAD_INDEX,
     NOWHERE,
     PACKED,
     ClipEntry,

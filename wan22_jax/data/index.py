@@ -6,6 +6,7 @@ the process. Axes: N clips, C captions of all clips in a row, R records of all s
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from wan22_jax.geometry import Bucket
 PACKED = np.dtype("S17")  # a key: the first letter of its kind, 16 bytes of its hash
 _KINDS = {kind[0]: kind for kind in ("latents", "text", "mask")}
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
+# What opening a damaged index raises.
+BAD_INDEX = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 NOWHERE = -1  # in place of a row: there is no such record
 
 
@@ -116,7 +119,7 @@ def write_index(
         "text_end_N": np.cumsum([len(clip.text_keys) for clip in clips], dtype=np.int64),
         "keys_R": keys_R.view(np.uint8).reshape(-1, PACKED.itemsize),
     }
-    save_file(arrays, path, metadata={"shards": json.dumps(shards)})
+    _save(path, arrays, shards)
 
 
 def read_keys(folder: Path, shards: Sequence[Shard]) -> np.ndarray:
@@ -144,7 +147,7 @@ def rewrite_index(
         row[is_there] = found.find(index.packed_keys(row[is_there]))
         arrays[name] = row
     arrays["keys_R"] = keys_R.view(np.uint8).reshape(-1, PACKED.itemsize)
-    save_file(arrays, path, metadata={"shards": json.dumps(shards)})
+    _save(path, arrays, shards)
 
 
 class Index:
@@ -158,10 +161,16 @@ class Index:
         latents_row_N, mask_row_N, text_row_C: the record of each part; NOWHERE without a mask.
         text_end_N: in ``text_row_C``, where the captions of each clip end.
         arrays: all that the file holds, as ``write_index`` names it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BAD_INDEX: it is not what was written.
     """
 
     def __init__(self, path: Path):
         metadata, arrays = _map_arrays(path)
+        if metadata["checksum"] != _sum(arrays, metadata["shards"]):
+            raise ValueError("its checksum is another")
         self.shards = [Shard(*shard) for shard in json.loads(metadata["shards"])]
         self.asked = [Bucket(*bucket) for bucket in arrays["asked"].tolist()]
         self.buckets = [Bucket(*bucket) for bucket in arrays["buckets"].tolist()]
@@ -224,6 +233,20 @@ class Index:
 
 def _span(end_N: np.ndarray, number: int) -> slice:
     return slice(int(end_N[number - 1]) if number else 0, int(end_N[number]))
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray], shards: Sequence[Shard]) -> None:
+    text = json.dumps(shards)
+    save_file(arrays, path, metadata={"shards": text, "checksum": _sum(arrays, text)})
+
+
+def _sum(arrays: Mapping[str, np.ndarray], shards: str) -> str:
+    """One wrong row would train a clip with another's caption, and nothing would tell."""
+    crc = zlib.crc32(shards.encode())
+    for name, array in sorted(arrays.items()):
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
 
 
 def _map_arrays(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
