@@ -194,6 +194,21 @@ def test_a_damaged_index_is_named(tmp_path):
     check_readable(tmp_path, [0, 1])
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 17, b"t" * 33, b"k" * 17])
+def test_damaged_keys_are_named(tmp_path, damage):
+    fill(tmp_path, [0])
+    (tmp_path / "0000-00000.keys").write_bytes(damage)
+    with (
+        pytest.raises(BadInput, match=r"0000-00000\.keys: is damaged; delete 0000-00000\.\*"),
+        open_writer(tmp_path, encoders=ENCODERS),
+    ):
+        pass
+    for path in tmp_path.glob("0000-00000.*"):
+        path.unlink()
+    fill(tmp_path, [0])
+    check_readable(tmp_path, [0])
+
+
 def test_keys_tell_contents_apart():
     other = BUCKET._replace(frames=9)
     assert make_latents_key("a", BUCKET) != make_latents_key("b", BUCKET)

@@ -379,8 +379,8 @@ def _check_space(work: Work) -> None:
     free = shutil.disk_usage(work.cache.folder).free
     if needed > free:
         raise BadInput(
-            f"{work.cache.folder}: the cache needs {needed / 1e9:.2f} GB, the disk has "
-            f"{free / 1e9:.2f} GB free; free some space and run the same command again"
+            f"{work.cache.folder}: the cache needs {needed / 1e9:.3g} GB, the disk has "
+            f"{free / 1e9:.3g} GB free; free some space and run the same command again"
         )
 
 

@@ -26,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from wan22_jax.data.cache import HEADER, INDEX, VERSION, check_header, check_shard
+from wan22_jax.data.cache import HEADER, INDEX, VERSION, check_header, check_shard, mend_shards
 from wan22_jax.data.index import (
     BAD_INDEX,
     NOWHERE,
@@ -35,6 +35,7 @@ from wan22_jax.data.index import (
     Index,
     KeySet,
     Shard,
+    load_keys,
     pack_keys,
     write_index,
 )
@@ -211,12 +212,16 @@ def list_shards(folder: Path) -> list[tuple[Shard, np.ndarray]]:
     """Lists the complete shards of a cache, each with its packed keys.
 
     Raises:
-        BadInput: a file of one is gone.
+        BadInput: a file of one is gone, or its keys are damaged.
     """
     shards = []
     for path in sorted(folder.glob("[0-9]*.keys")):
-        keys_R = np.fromfile(path, PACKED)
-        shard = Shard(f"{path.stem}.array_record", len(keys_R))
+        name = f"{path.stem}.array_record"
+        try:
+            keys_R = load_keys(path)
+        except ValueError:
+            raise BadInput(f"{path}: is damaged; {mend_shards([name])}") from None
+        shard = Shard(name, len(keys_R))
         check_shard(folder, shard)
         shards.append((shard, keys_R))
     return shards

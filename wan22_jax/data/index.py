@@ -18,6 +18,7 @@ from wan22_jax.geometry import Bucket
 
 PACKED = np.dtype("S17")  # a key: the first letter of its kind, 16 bytes of its hash
 _KINDS = {kind[0]: kind for kind in ("latents", "text", "mask")}
+_LETTERS = {ord(letter) for letter in _KINDS}
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 # What opening a damaged index raises.
 BAD_INDEX = (ValueError, KeyError, TypeError, AttributeError, IndexError)
@@ -122,10 +123,18 @@ def write_index(
     _save(path, arrays, shards)
 
 
+def load_keys(path: Path) -> np.ndarray:
+    """Reads the packed keys of one shard; raises ValueError if they are none."""
+    data = path.read_bytes()
+    if not data or len(data) % PACKED.itemsize or not set(data[:: PACKED.itemsize]) <= _LETTERS:
+        raise ValueError(f"{path}: holds no keys")
+    return np.frombuffer(data, PACKED)
+
+
 def read_keys(folder: Path, shards: Sequence[Shard]) -> np.ndarray:
     """Reads the packed keys of the records of some shards."""
     paths = [(folder / shard.name).with_suffix(".keys") for shard in shards]
-    return np.concatenate([np.empty(0, PACKED), *(np.fromfile(path, PACKED) for path in paths)])
+    return np.concatenate([np.empty(0, PACKED), *map(load_keys, paths)])
 
 
 def rewrite_index(
