@@ -460,8 +460,15 @@ def test_show_batch(place, capsys):
     assert line.endswith(f": {CAPTIONS[stem]!r}")
     assert place.run("--show-batch", "4") == 0
     assert "epoch 2, 1 of 3" in capsys.readouterr().out
-    assert place.run("--show-batch", "0") == 2
-    assert "steps count from 1" in capsys.readouterr().err
+    for number in ("0", str(2**31)):
+        assert place.run("--show-batch", number) == 2
+        assert "steps count from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["--verify", "--show-batch=1", "--gc", "--regenerate_cache"])
+def test_a_flag_that_does_nothing_else_stands_alone(place, capsys, other):
+    assert place.run("--dry-run", other) == 2
+    assert "--dry-run does nothing else" in capsys.readouterr().err
 
 
 def test_masks_go_from_a_picture_to_a_batch(place):

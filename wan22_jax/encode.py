@@ -50,6 +50,7 @@ from wan22_jax.text import encode_text, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
 MAX_PROCESSES = 10_000  # their numbers have four digits in file names
+MAX_STEP = 2**31 - 1  # training counts in int32
 
 
 class Work(NamedTuple):
@@ -174,8 +175,8 @@ def show_batch(config: TrainConfig, step: int) -> None:
     Raises:
         BadInput: there is no such step, or ``open_loader`` finds something wrong.
     """
-    if step < 1:
-        raise BadInput(f"--show-batch {step}: steps count from 1")
+    if not 1 <= step <= MAX_STEP:
+        raise BadInput(f"--show-batch {step}: steps count from 1 and end at {MAX_STEP}")
     jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
     loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
     for line in describe_step(config, loader, step - 1):
@@ -183,6 +184,7 @@ def show_batch(config: TrainConfig, step: int) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check_modes(arguments)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         return choose_exit_code(_report(config), allow_drop=arguments.allow_drop)
@@ -203,6 +205,19 @@ def _run(arguments: argparse.Namespace) -> int:
         collect=arguments.gc,
     )
     return 0
+
+
+def _check_modes(arguments: argparse.Namespace) -> None:
+    asked = {
+        "--dry-run": arguments.dry_run,
+        "--verify": arguments.verify,
+        "--show-batch": arguments.show_batch is not None,
+        "--gc": arguments.gc,
+        "--regenerate_cache": arguments.regenerate_cache,
+    }
+    given = [flag for flag, is_given in asked.items() if is_given]
+    if len(given) > 1 and given != ["--gc", "--regenerate_cache"]:
+        raise BadInput(f"{' and '.join(given)}: give one of them; {given[0]} does nothing else")
 
 
 def _add_process_flags(parser: argparse.ArgumentParser) -> None:
