@@ -366,6 +366,14 @@ def test_what_is_left_out_is_said(place, capsys):
     assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "z.txt", "more"]
 
 
+def test_a_caption_that_is_too_long_is_said(place, capsys):
+    place.fill()
+    (place.clips / "a.txt").write_text("grey " * 600)
+    assert place.run() == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is cut at 512" in line]
+    assert ": grey grey" in line
+
+
 def test_full_disk_is_said_before_encoding(place, counted, capsys, monkeypatch):
     place.fill()
     monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

@@ -46,7 +46,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
-from wan22_jax.text import encode_text, load_tokenizer
+from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
 MAX_PROCESSES = 10_000  # their numbers have four digits in file names
@@ -299,6 +299,11 @@ def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[
         return
     encoder = load_text_encoder(model)
     tokenizer = load_tokenizer(tokenizer_folder(model))
+    for caption in dict.fromkeys(caption for caption, _ in todo):
+        if is_cut(tokenizer, caption):
+            _warn(
+                f"a caption is cut at {TEXT_LEN} tokens, all that the model takes: {caption:.60}..."
+            )
     with tqdm(desc="captions", total=len(todo), unit="caption") as bar:
         for start in range(0, len(todo), CAPTIONS_AT_ONCE):
             some = todo[start : start + CAPTIONS_AT_ONCE]

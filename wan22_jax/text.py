@@ -74,6 +74,11 @@ def tokenize(
     return tokens_BS, mask_BS
 
 
+def is_cut(tokenizer: Tokenizer, prompt: str) -> bool:
+    """Whether a prompt has more than 512 tokens, of which the encoder sees the first."""
+    return bool(tokenizer.encode(clean_prompt(prompt)).overflowing)
+
+
 def encode_text(encoder: UMT5, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
     """Returns an embedding ``text_SE`` for each prompt, as many rows as it has tokens (1 to 512).
 
