@@ -131,6 +131,8 @@ def test_prefix_and_delimiter():
         ('{"a.mp4": "text"}', "a.mp4: expected a list of captions, got 'text'"),
         ('{"a.mp4": [1]}', "a.mp4: expected a list of captions"),
         ('{"a.mp4": ["\\ud800"]}', "a.mp4: expected a list of captions"),
+        ('{"a.mp4": ["x"], "a.mp4": ["y"]}', "a.mp4 is there twice"),
+        ('{"a.mp4": ["x"], "./a.mp4": ["y"]}', "a file is there under two spellings"),
     ],
 )
 def test_a_wrong_captions_file_is_named(tmp_path, content, message):

@@ -132,7 +132,10 @@ def _parse_captions(text: str, path: Path) -> dict[str, tuple[str, ...]]:
     for name, captions in tree.items():
         if not _is_list_of_text(captions):
             raise BadInput(f"{path}: {name}: expected a list of captions, got {captions!r:.80}")
-    return {_normalize(name): tuple(map(str.strip, tree[name])) for name in tree}
+    table = {_normalize(name): tuple(map(str.strip, tree[name])) for name in tree}
+    if len(table) < len(tree):
+        raise BadInput(f"{path}: a file is there under two spellings of its name; join them")
+    return table
 
 
 def _parse_metadata(text: str, path: Path) -> dict[str, tuple[str, ...]]:
@@ -162,9 +165,23 @@ def _pick(row: dict[str, Any], keys: Sequence[str], where: str) -> Any:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_make_object)
+    except _DuplicateKeyError as error:
+        raise BadInput(f"{where}: {error} is there twice; join both into one") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: is not valid JSON ({error})") from None
+
+
+class _DuplicateKeyError(Exception):
+    """A key that an object has twice, of which JSON readers drop the first."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return made
 
 
 def _is_list_of_text(value: Any) -> bool:
