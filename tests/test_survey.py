@@ -140,6 +140,7 @@ def test_sub_folders(data):
     data.video("sub/deeper/b.mp4")
     data.video("cache/c.mp4")
     data.video(".hidden/d.mp4")
+    data.video("sub/cache/wan2.2_5b/e.mp4", caption=None).with_suffix(".index").touch()
     data.video("elsewhere.mp4")
     (data.folder / "link").symlink_to(data.folder / "sub")
     assert list(data.survey()) == ["a.mp4", "elsewhere.mp4"]

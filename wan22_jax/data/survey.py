@@ -256,7 +256,7 @@ def _list_files(folder: Folder, warn: Callable[[str], None]) -> tuple[list[str],
             entries = [entry for entry in entries if os.path.realpath(entry) not in aside]
         files += _sort_out(below, [entry for entry in entries if not _is_folder(entry)], warn)
         for entry in reversed(list(filter(_is_folder, entries))):
-            if below / entry.name == Path(CACHE_FOLDER.parts[0]):
+            if below / entry.name == Path(CACHE_FOLDER.parts[0]) or _is_cache(entry):
                 continue
             if not folder.recursive:
                 warn(
@@ -273,6 +273,12 @@ def _list_files(folder: Folder, warn: Callable[[str], None]) -> tuple[list[str],
             "(.txt of the same name) there, or correct path in the dataset file"
         )
     return sorted(files), subfolders
+
+
+def _is_cache(entry: os.DirEntry[str]) -> bool:
+    """Whether a sub-folder was cached on its own before."""
+    name, model = CACHE_FOLDER.parts
+    return entry.name == name and Path(entry.path, model).is_dir()
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
