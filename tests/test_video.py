@@ -1,4 +1,6 @@
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -292,3 +294,14 @@ def test_fewer_frames_than_counted(tmp_path):
     assert read_clip(path, info._replace(fps=info.fps), Bucket(64, 32, 29)).shape[0] == 29
     with pytest.raises(BadInput, match=r"30 frames decode, 30 at 24 fps; bucket 64x32x33"):
         read_clip(path, info, Bucket(64, 32, 33))
+
+
+def test_a_large_photo_is_no_reason_to_warn(tmp_path):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    code = (
+        "import sys; from wan22_jax.data.video import *; print(probe(Path(sys.argv[1])).width_px)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large.png")], capture_output=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (b"10000\n", b"")

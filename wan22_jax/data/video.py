@@ -8,6 +8,7 @@ their time stamps, and only frames in use are kept.
 
 import functools
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 SLOWEST_FPS, FASTEST_FPS = Fraction(1, 10), 1000
+
+
+# From 90 megapixels on, which photos have; at twice that it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class MediaInfo(NamedTuple):
