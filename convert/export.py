@@ -144,3 +144,7 @@ def _run(args: argparse.Namespace) -> None:
         f"alpha {adapter.alpha:g}, step {adapter.metadata['step']}, "
         f"{args.out.stat().st_size / 1e6:.1f} MB; read back and equal bit by bit\n"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -146,3 +146,7 @@ def _count_bytes(path: Path) -> int:
 def _say(line: str) -> None:
     sys.stdout.write(f"\n{line}\n")
     sys.stdout.flush()  # the commands write to the same terminal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -278,3 +278,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict)
         flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
+
+
+if __name__ == "__main__":
+    sys.exit(main())
