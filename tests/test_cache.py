@@ -125,6 +125,19 @@ def test_captions_masks_and_starts_are_kept(tmp_path):
         assert cache.read_caption(number, caption=None) == ""
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "3", '{"version": 2}', "[" * 100_000])
+def test_a_damaged_header_is_named(tmp_path, damage):
+    fill(tmp_path, [0])
+    (tmp_path / "cache.json").write_text(damage)
+    message = r"cache\.json: is damaged .*--regenerate_cache"
+    with pytest.raises(BadInput, match=message):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
+    with pytest.raises(BadInput, match=message), open_writer(tmp_path, encoders=ENCODERS):
+        pass
+    fill(tmp_path, [0], regenerate=True)
+    check_readable(tmp_path, [0])
+
+
 def test_an_earlier_version_is_refused_with_the_remedy(tmp_path):
     fill(tmp_path, [0])
     header = (tmp_path / "cache.json").read_text()

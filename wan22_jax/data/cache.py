@@ -163,15 +163,22 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
 
 def check_header(folder: Path, *, encoders: str) -> None:
     """Raises BadInput if other encoders, or another version of this program, made a cache."""
-    header = json.loads((folder / HEADER).read_text("utf-8"))
-    if header["version"] != VERSION:
+    try:
+        header = json.loads((folder / HEADER).read_text("utf-8"))
+        version, made_by = header["version"], header["encoders"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(
-            f"{folder}: has cache version {header['version']}, this program writes {VERSION}; "
+            f"{folder / HEADER}: is damaged ({error}), so nobody knows which model made this "
+            "cache; run wan22-cache with --regenerate_cache"
+        ) from None
+    if version != VERSION:
+        raise BadInput(
+            f"{folder}: has cache version {version}, this program writes {VERSION}; "
             "run wan22-cache with --regenerate_cache"
         )
-    if header["encoders"] != encoders:
+    if made_by != encoders:
         raise BadInput(
-            f"{folder}: was made by other encoders ({header['encoders']}); "
+            f"{folder}: was made by other encoders ({made_by}); "
             f"this model has {encoders}; "
             "run wan22-cache with --regenerate_cache, or use the model that made it"
         )
