@@ -129,7 +129,7 @@ def test_captions_masks_and_starts_are_kept(tmp_path):
 def test_a_damaged_header_is_named(tmp_path, damage):
     fill(tmp_path, [0])
     (tmp_path / "cache.json").write_text(damage)
-    message = r"cache\.json: is damaged .*--regenerate_cache"
+    message = r"cache\.json: is damaged; .*--regenerate_cache"
     with pytest.raises(BadInput, match=message):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
     with pytest.raises(BadInput, match=message), open_writer(tmp_path, encoders=ENCODERS):

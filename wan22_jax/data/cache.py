@@ -166,11 +166,8 @@ def check_header(folder: Path, *, encoders: str) -> None:
     try:
         header = json.loads((folder / HEADER).read_text("utf-8"))
         version, made_by = header["version"], header["encoders"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
-            f"{folder / HEADER}: is damaged ({error}), so nobody knows which model made this "
-            "cache; run wan22-cache with --regenerate_cache"
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{folder / HEADER}: is damaged; {REMEDY} with --regenerate_cache") from None
     if version != VERSION:
         raise BadInput(
             f"{folder}: has cache version {version}, this program writes {VERSION}; "
@@ -178,8 +175,7 @@ def check_header(folder: Path, *, encoders: str) -> None:
         )
     if made_by != encoders:
         raise BadInput(
-            f"{folder}: was made by other encoders ({made_by}); "
-            f"this model has {encoders}; "
+            f"{folder}: was made by other encoders ({made_by}); this model has {encoders}; "
             "run wan22-cache with --regenerate_cache, or use the model that made it"
         )
 

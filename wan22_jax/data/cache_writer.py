@@ -172,7 +172,7 @@ class CacheWriter:
 
     def _adopt_pending(self) -> None:
         # An earlier run of more processes was killed: this run has none of that number.
-        for folder in sorted((self.folder / "pending").glob("[0-9]*")):
+        for folder in sorted((self.folder / "pending").glob("[0-9]" * 4)):
             other = int(folder.name)
             if (
                 other < self.process.num_processes
