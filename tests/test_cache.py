@@ -327,6 +327,18 @@ def test_other_buckets_are_refused(tmp_path):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET._replace(frames=9)])
 
 
+def test_other_options_are_refused(tmp_path):
+    asked = {"video_clip_mode": "'single_middle'", "fps": "'12'"}
+    with open_writer(tmp_path, encoders=ENCODERS) as writer:
+        add_clip(writer, 0)
+        writer.finish([entry_of(0)], buckets=[BUCKET], options=asked)
+    open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET], options=asked)
+    now = asked | {"fps": "'30'", "recursive": "'True'"}
+    said = r"fps was '12', is '30'; recursive was not set, is 'True'\); run wan22-cache"
+    with pytest.raises(BadInput, match=said):
+        open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET], options=now)
+
+
 def test_two_writers_at_once_are_refused(tmp_path):
     with (
         open_writer(tmp_path, encoders=ENCODERS),

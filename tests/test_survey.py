@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ from make_clips import write_image, write_video
 from PIL import Image
 
 from wan22_jax.data import probed, survey
+from wan22_jax.data.buckets import BucketRule
+from wan22_jax.data.captions import CaptionRule
 from wan22_jax.data.companions import check_first_frame, read_mask
 from wan22_jax.data.cuts import CutRule, choose_starts, name_cut, retime
 from wan22_jax.data.probed import FACTS_FILE, Facts, read_stamp
@@ -192,6 +195,22 @@ def test_the_clip_mode_of_the_main_file_counts_unless_the_dataset_sets_one(data)
     assert data.clips(clip_mode="single_middle")[0].start == 12
     own = "video_clip_mode = 'single_beginning'"
     assert data.clips(own, clip_mode="single_middle")[0].start == 0
+
+
+def test_options_are_what_is_not_the_default():
+    rule = BucketRule(())
+    assert survey.Folder(Path("a"), rule).options == {}
+    cuts, captions = CutRule("uniform", 3, Fraction(25, 2)), CaptionRule("x, ", skip_empty=False)
+    folder = survey.Folder(Path("a"), rule, captions, cuts, recursive=True, mask_path=Path("m"))
+    assert folder.options == {
+        "video_clip_mode": "'uniform'",
+        "clips_per_video": "'3'",
+        "fps": "'25/2'",
+        "caption_prefix": "'x, '",
+        "skip_empty_caption": "'False'",
+        "recursive": "'True'",
+        "mask_path": "'m'",
+    }
 
 
 def test_fps_of_a_directory_replaces_that_of_its_files(data):

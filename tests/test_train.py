@@ -390,6 +390,14 @@ def test_running_out_of_memory_names_the_next_setting(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("here")
+def test_a_clip_mode_that_was_not_cached_is_refused(capsys):
+    assert run("video_clip_mode=single_middle") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "video_clip_mode was not set, is 'single_middle'); run wan22-cache" in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("here")
 def test_the_seed_changes_what_is_trained():
     trained = {}
     for name in ("seed=0", "seed=1"):

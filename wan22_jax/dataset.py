@@ -101,7 +101,12 @@ def open_caches(
     """
     return [
         (
-            open_cache(directory.cache_folder, encoders=encoders, buckets=directory.rule.buckets),
+            open_cache(
+                directory.cache_folder,
+                encoders=encoders,
+                buckets=directory.rule.buckets,
+                options=directory.folder.options,
+            ),
             directory.num_repeats,
         )
         for directory in read_directories(dataset_file, clip_mode=clip_mode)

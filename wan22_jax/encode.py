@@ -147,7 +147,11 @@ def encode_dataset(
         for work in jobs:
             _add_masks(work)
             entries = [_make_entry(clip) for clip in work.clips]
-            left = work.cache.finish(entries, buckets=work.directory.rule.buckets)
+            left = work.cache.finish(
+                entries,
+                buckets=work.directory.rule.buckets,
+                options=work.directory.folder.options,
+            )
             if left:
                 _warn(_describe_rest(work, left))
             elif collect:

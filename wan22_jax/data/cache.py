@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from safetensors import SafetensorError, deserialize
 
 from wan22_jax.batch import CachedClip
-from wan22_jax.data.index import BAD_INDEX, NOWHERE, Index, Shard
+from wan22_jax.data.index import BAD_INDEX, NO_OPTIONS, NOWHERE, Index, Shard
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 
@@ -134,16 +134,23 @@ class Cache:
 DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)
 
 
-def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cache:
+def open_cache(
+    folder: Path,
+    *,
+    encoders: str,
+    buckets: Sequence[Bucket],
+    options: Mapping[str, str] = NO_OPTIONS,
+) -> Cache:
     """Opens the cache of one clips' folder.
 
     Args:
         folder: the cache folder.
         encoders: ``name_encoders`` of the model in use.
         buckets: every bucket that the dataset file asks for now.
+        options: what else it asks for, see ``Folder.options``.
 
     Raises:
-        BadInput: no complete cache, or one made by other encoders or for other buckets.
+        BadInput: no complete cache, or one made by other encoders, for other buckets or options.
     """
     if (folder / HEADER).is_file():
         check_header(folder, encoders=encoders)
@@ -157,6 +164,16 @@ def open_cache(folder: Path, *, encoders: str, buckets: Sequence[Bucket]) -> Cac
         raise BadInput(
             f"{folder}: was cached for {_join(clips.asked)}, the dataset file now asks for "
             f"{_join(buckets)}; {REMEDY} again (what is still right is kept)"
+        )
+    changes = [
+        f"{key} was {clips.options.get(key, 'not set')}, is {options.get(key, 'not set')}"
+        for key in sorted(clips.options | dict(options))
+        if clips.options.get(key) != options.get(key)
+    ]
+    if changes:
+        raise BadInput(
+            f"{folder}: the dataset file has changed since it was cached ({'; '.join(changes)}); "
+            f"{REMEDY} again (what is still right is kept)"
         )
     return Cache(folder, clips)
 

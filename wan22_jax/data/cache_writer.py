@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from safetensors.numpy import save
 from wan22_jax.data.cache import HEADER, INDEX, VERSION, check_header, check_shard, mend_shards
 from wan22_jax.data.index import (
     BAD_INDEX,
+    NO_OPTIONS,
     NOWHERE,
     PACKED,
     ClipEntry,
@@ -147,8 +148,19 @@ class CacheWriter:
         if self._waiting_bytes >= self._shard_bytes:
             self._close_shard()
 
-    def finish(self, clips: Iterable[ClipEntry], *, buckets: Sequence[Bucket]) -> int:
+    def finish(
+        self,
+        clips: Iterable[ClipEntry],
+        *,
+        buckets: Sequence[Bucket],
+        options: Mapping[str, str] = NO_OPTIONS,
+    ) -> int:
         """Declares the data set complete, these clips made for these buckets, if it is.
+
+        Args:
+            clips: in the order that rows count.
+            buckets: every bucket that the dataset file asks for.
+            options: what else it asks for, see ``Folder.options``.
 
         Returns:
             How many records other processes have not added yet; 0 if the data set is complete.
@@ -165,7 +177,14 @@ class CacheWriter:
             return len(missing)
 
         def write(path: Path) -> None:
-            write_index(path, clips, buckets=buckets, shards=self._shards, keys_R=self._keys_R)
+            write_index(
+                path,
+                clips,
+                buckets=buckets,
+                options=options,
+                shards=self._shards,
+                keys_R=self._keys_R,
+            )
 
         replace_file(self.folder / INDEX, write, writer=self.process.name)
         return 0

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ _LETTERS = {ord(letter) for letter in _KINDS}
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 # What opening a damaged index raises.
 BAD_INDEX = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 NOWHERE = -1  # in place of a row: there is no such record
 
 
@@ -80,6 +82,7 @@ def write_index(
     clips: Sequence[ClipEntry],
     *,
     buckets: Sequence[Bucket],
+    options: Mapping[str, str],
     shards: Sequence[Shard],
     keys_R: np.ndarray,
 ) -> None:
@@ -89,6 +92,7 @@ def write_index(
         path: the file; not written atomically.
         clips: in the order that rows count.
         buckets: every bucket that the dataset file asks for.
+        options: what else it asks for, by key.
         shards: the files that hold the records.
         keys_R: the packed keys of the shards' records.
 
@@ -109,6 +113,7 @@ def write_index(
     names = [os.fsencode(clip.file) for clip in clips]
     arrays = {
         "asked": np.array(buckets, np.int32).reshape(-1, 3),
+        "options": np.frombuffer(json.dumps(dict(options)).encode(), np.uint8),
         "buckets": np.array(used, np.int32).reshape(-1, 3),
         "bucket_N": np.array([numbers[clip.bucket] for clip in clips], np.uint16),
         "start_N": np.array([clip.start for clip in clips], np.int32),
@@ -164,6 +169,7 @@ class Index:
 
     Attributes:
         asked: every bucket that the dataset file asked for.
+        options: what else it asked for.
         buckets: those that have clips.
         shards: the files of records.
         bucket_N: number in ``buckets`` of each clip.
@@ -182,6 +188,7 @@ class Index:
             raise ValueError("its checksum is another")
         self.shards = [Shard(*shard) for shard in json.loads(metadata["shards"])]
         self.asked = [Bucket(*bucket) for bucket in arrays["asked"].tolist()]
+        self.options: dict[str, str] = json.loads(arrays["options"].tobytes())
         self.buckets = [Bucket(*bucket) for bucket in arrays["buckets"].tolist()]
         self.bucket_N = arrays["bucket_N"]
         self.latents_row_N = arrays["latents_row_N"]

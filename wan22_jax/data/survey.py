@@ -54,6 +54,26 @@ class Folder(NamedTuple):
         """Where encoded clips lie, and what was learnt of the files."""
         return self.path / CACHE_FOLDER
 
+    @property
+    def options(self) -> dict[str, str]:
+        """What of it, beside the buckets, decides which clips and captions there are.
+
+        By key of the dataset file, where it is not the default.
+        """
+        options = {
+            "video_clip_mode": (self.cuts.mode, CutRule().mode),
+            "clips_per_video": (self.cuts.num_clips, CutRule().num_clips),
+            "fps": (self.cuts.fps, None),
+            "caption_prefix": (self.captions.prefix, ""),
+            "cache_shuffle_num": (self.captions.num_shuffled, 0),
+            "cache_shuffle_delimiter": (self.captions.delimiter, CaptionRule().delimiter),
+            "skip_empty_caption": (self.captions.skip_empty, None),
+            "recursive": (self.recursive, False),
+            "mask_path": (self.mask_path, None),
+            "default_mask_file": (self.default_mask_file, None),
+        }
+        return {key: repr(str(own)) for key, (own, usual) in options.items() if own != usual}
+
 
 class SourceClip(NamedTuple):
     """One clip to encode: some frames of a file in one bucket."""
