@@ -13,6 +13,7 @@ and returned video in float32.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,15 +212,15 @@ class Encoder(nnx.Module):
             ]
         )
         head = Conv(widths[-1], 2 * config.z_dim, (3, 3, 3), rngs=rngs)
-        self.head = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
+        self.head: nnx.Dict[Any] = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
 
     def __call__(self, x_BTYXC: jax.Array, history: History) -> jax.Array:
         """Keeps x's dtype."""
-        x_BTYXC = self.conv1(history.extend(x_BTYXC, 2))
+        x_BTYXC = self.conv1(x_BTYXC, history.before(x_BTYXC, 2))
         for part in (*self.downsamples, *self.middle):
             x_BTYXC = part(x_BTYXC, history)
         x_BTYXC = jax.nn.silu(self.head["0"](x_BTYXC))
-        return self.head["2"](history.extend(x_BTYXC, 2))
+        return self.head["2"](x_BTYXC, history.before(x_BTYXC, 2))
 
 
 class Decoder(nnx.Module):
@@ -249,15 +250,15 @@ class Decoder(nnx.Module):
             for i in range(last + 1)
         )
         head = Conv(widths[-1], 3 * PIXEL_PATCH**2, (3, 3, 3), rngs=rngs)
-        self.head = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
+        self.head: nnx.Dict[Any] = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
 
     def __call__(self, x_BTYXC: jax.Array, history: History) -> jax.Array:
         """Keeps x's dtype."""
-        x_BTYXC = self.conv1(history.extend(x_BTYXC, 2))
+        x_BTYXC = self.conv1(x_BTYXC, history.before(x_BTYXC, 2))
         for part in (*self.middle, *self.upsamples):
             x_BTYXC = part(x_BTYXC, history)
         x_BTYXC = jax.nn.silu(self.head["0"](x_BTYXC))
-        return self.head["2"](history.extend(x_BTYXC, 2))
+        return self.head["2"](x_BTYXC, history.before(x_BTYXC, 2))
 
 
 def _fold_pixels(video_BTYX3: jax.Array) -> jax.Array:
