@@ -24,8 +24,9 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
         BadInput: as ``open_caches`` and ``make_loader``.
     """
     dataset = Path(config.dataset)
+    encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
     return make_loader(
-        open_caches(dataset, encoders=name_encoders(card.digests)),
+        open_caches(dataset, encoders=encoders),
         seed=config.seed,
         micro_batch=config.micro_batch,
         accumulation=config.gradient_accumulation_steps,

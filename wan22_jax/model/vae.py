@@ -117,7 +117,7 @@ class WanVAE(nnx.Module):
 
         Args:
             chunks: consecutive parts [B, T, Y, X, 3] of one clip: 1 frame, then 4 each (or 4n + 1,
-                then 4n each).
+                then 4n each); in [-1, 1], or uint8, which is scaled on the device.
 
         Raises:
             ValueError: a chunk has another number of frames, or sides that are not multiples of 16.
@@ -145,6 +145,8 @@ class WanVAE(nnx.Module):
             yield video_BTYX3
 
     def _encode(self, video_BTYX3: jax.Array, history: History) -> jax.Array:
+        if video_BTYX3.dtype == jnp.uint8:
+            video_BTYX3 = video_BTYX3.astype(jnp.float32) / 255 * 2 - 1
         x_BTYXC = _fold_pixels(video_BTYX3.astype(self.conv1.weight[...].dtype))
         moments_BTYXC = self.conv1(self.encoder(x_BTYXC, history)).astype(jnp.float32)
         mean, std = self._latent_statistics()
