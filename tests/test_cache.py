@@ -24,7 +24,8 @@ from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket
 
 BUCKET = Bucket(64, 32, 5)
-ENCODERS = name_encoders({"vae": "a" * 64, "text_encoder": "b" * 64, "transformer": "c" * 64})
+DIGESTS = {"vae": "a" * 64, "text_encoder": "b" * 64, "transformer": "c" * 64}
+ENCODERS = name_encoders(DIGESTS, vae_dtype="bfloat16")
 
 
 def arrays_of(number):
@@ -68,6 +69,12 @@ def check_readable(folder, numbers):
         for array, expected in zip(stored[:2], arrays_of(number), strict=True):
             assert array.dtype == ml_dtypes.bfloat16
             np.testing.assert_array_equal(array, expected.astype(ml_dtypes.bfloat16))
+
+
+def test_caches_of_float32_latents_keep_their_name():
+    early = f"vae {'a' * 16}, text_encoder {'b' * 16}"
+    assert name_encoders(DIGESTS, vae_dtype="float32") == early
+    assert name_encoders(DIGESTS, vae_dtype="bfloat16") != early
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -297,7 +304,7 @@ def test_killed_between_shard_and_tidying_up(tmp_path, monkeypatch):
 
 def test_other_encoders_are_named_with_the_remedy(tmp_path):
     fill(tmp_path, [0])
-    other = name_encoders({"vae": "d" * 64, "text_encoder": "b" * 64})
+    other = name_encoders(DIGESTS | {"vae": "d" * 64}, vae_dtype="bfloat16")
     message = f"other encoders .*{'a' * 16}.*{'d' * 16}.*--regenerate_cache"
     with pytest.raises(BadInput, match=message):
         open_cache(tmp_path, encoders=other, buckets=[BUCKET])

@@ -15,7 +15,7 @@ from make_clips import write_image, write_video
 from PIL import Image
 
 from convert.weights import main as convert
-from wan22_jax import encode
+from wan22_jax import clip_encoder, encode
 from wan22_jax.data.cache import make_text_key, name_encoders
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.loader import make_loader
@@ -54,7 +54,8 @@ class Place:
         self.dataset = folder / "dataset.toml"
         self.config.write_text(
             f"output_dir = 'out'\ndataset = '{self.dataset}'\nepochs = 1\n"
-            f"[model]\nckpt_path = '{self.model}'\n[adapter]\ntype = 'lora'\n"
+            f"[model]\nckpt_path = '{self.model}'\nvae_dtype = 'float32'\n"
+            "[adapter]\ntype = 'lora'\n"
         )
         self.write_dataset("resolutions = [32]\nframe_buckets = [5]")
 
@@ -72,7 +73,7 @@ class Place:
         return encode.main(["--config", str(self.config), *arguments])
 
     def encoders(self):
-        return name_encoders(read_model_card(self.model).digests)
+        return name_encoders(read_model_card(self.model).digests, vae_dtype="float32")
 
     def open(self):
         return open_caches(self.dataset, encoders=self.encoders())
@@ -98,14 +99,14 @@ def counted(monkeypatch):
         count.captions += sum(prompt != "" for prompt in prompts)
         return encode_text(encoder, tokenizer, prompts)
 
-    encode_pixels = encode.encode_pixels
+    start_encoding = clip_encoder.start_encoding
 
-    def encode_pixels_(vae, pixels_TYX3):
+    def start_encoding_(vae, pixels_TYX3):
         count.clips += 1
-        return encode_pixels(vae, pixels_TYX3)
+        return start_encoding(vae, pixels_TYX3)
 
     monkeypatch.setattr(encode, "encode_text", encode_text_)
-    monkeypatch.setattr(encode, "encode_pixels", encode_pixels_)
+    monkeypatch.setattr(clip_encoder, "start_encoding", start_encoding_)
     return count
 
 
@@ -195,7 +196,7 @@ def test_clips_and_captions_of_one_file_are_encoded_one_by_one(place, counted):
     vae = load_vae(place.model)
     path = place.clips / "b.mp4"
     pixels_TYX3 = read_clip(path, probe(path), BUCKET._replace(frames=16))[5:10]
-    expected_TYXC = encode.encode_pixels(vae, pixels_TYX3)
+    expected_TYXC = clip_encoder.encode_pixels(vae, pixels_TYX3)
     got_TYXC = cache.read(4).latents_TYXC.astype(np.float32)
     np.testing.assert_allclose(got_TYXC, expected_TYXC, rtol=2**-8, atol=2e-5)
     place.write_dataset("resolutions = [32]\nframe_buckets = [5]\ncaption_prefix = 'P '")
@@ -249,7 +250,7 @@ def test_a_file_that_changes_after_the_survey_is_refused(place, monkeypatch, cap
 
 def test_stopped_run_continues(place, counted, monkeypatch):
     place.fill()
-    spied = encode.encode_pixels
+    spied = clip_encoder.start_encoding
 
     def stop_at_the_third(vae, pixels_TYX3):
         if counted.clips == 2:
@@ -257,7 +258,7 @@ def test_stopped_run_continues(place, counted, monkeypatch):
         return spied(vae, pixels_TYX3)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "encode_pixels", stop_at_the_third)
+        patch.setattr(clip_encoder, "start_encoding", stop_at_the_third)
         assert place.run() == 130
     assert not (place.clips / "cache" / "wan2.2_5b" / "clips.index").exists()
     assert place.run() == 0

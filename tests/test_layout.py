@@ -22,6 +22,7 @@ LAYERS = [
     {"wan22_jax.model.layers"},
     {"wan22_jax.model.vae_layers", "wan22_jax.model.embeddings", "wan22_jax.model.block_weights"},
     {"wan22_jax.model.transformer", "wan22_jax.model.vae", "wan22_jax.model.umt5"},
+    {"wan22_jax.model.umt5_streamed", "wan22_jax.clip_encoder"},
     {"wan22_jax.weights", "wan22_jax.text", "wan22_jax.sampling", "wan22_jax.data.picture"},
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
     | {"wan22_jax.data.captions", "wan22_jax.data.probed"},

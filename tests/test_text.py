@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,9 @@ from tokenizers import Tokenizer, models, processors
 from wan22_jax import text
 from wan22_jax.demo_checkpoint import write_tokenizer
 from wan22_jax.errors import BadInput
+from wan22_jax.model import umt5_streamed
 from wan22_jax.model.umt5 import UMT5, UMT5Config
+from wan22_jax.model.umt5_streamed import StreamedUMT5
 from wan22_jax.text import clean_prompt, encode_text, load_tokenizer, pad_text, tokenize
 
 CORPUS = ("a red square moves left", "a blue circle moves right, fast", 'It\'s "green" & round')
@@ -200,3 +203,39 @@ def test_pad_text_fills_with_zero_rows():
 def test_pad_text_refuses_513_rows():
     with pytest.raises(ValueError, match="text of 513 tokens: at most 512"):
         pad_text([np.zeros((513, 4), np.float32)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_streamed_encoder_gives_the_same_bits(tokenizer, dtype):
+    encoder = make_encoder(dtype)
+    whole = encode_text(encoder, tokenizer, PROMPTS)
+    nnx.update(encoder, jax.tree.map(np.asarray, nnx.state(encoder)))
+    streamed = StreamedUMT5(encoder)
+    for layer in streamed._layers:
+        for leaf in jax.tree.leaves(layer):
+            assert leaf.sharding.memory_kind == "pinned_host"
+    for got_SE, expected_SE in zip(encode_text(streamed, tokenizer, PROMPTS), whole, strict=True):
+        assert got_SE.dtype == dtype
+        np.testing.assert_array_equal(got_SE, expected_SE)
+
+
+def test_a_streamed_encoder_has_few_layers_under_way(tokenizer, monkeypatch):
+    config = UMT5Config(vocab_size=256, dim=16, ffn_dim=24, num_heads=2, num_layers=6)
+    encoder = UMT5(config, rngs=nnx.Rngs(3))
+    nnx.update(encoder, jax.tree.map(np.asarray, nnx.state(encoder)))
+    streamed = StreamedUMT5(encoder)
+    events = []
+    put, run, wait = jax.device_put, umt5_streamed._run_layer, jax.block_until_ready
+
+    def put_(x, *args):
+        if isinstance(x, nnx.State):
+            events.append("copy")
+        return put(x, *args)
+
+    monkeypatch.setattr(jax, "device_put", put_)
+    monkeypatch.setattr(
+        umt5_streamed, "_run_layer", lambda *args: [events.append("run"), run(*args)][1]
+    )
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: [events.append("wait"), wait(x)][1])
+    encode_text(streamed, tokenizer, PROMPTS)
+    assert events == ["copy", *["copy", "run", "wait"] * 5, "run", "wait"]

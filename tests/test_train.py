@@ -72,7 +72,7 @@ def prepared(tmp_path_factory) -> Path:
     card = convert(folder / "checkpoint", folder / "model")
     rng = np.random.default_rng(0)
     entries = []
-    encoders = name_encoders(card.digests)
+    encoders = name_encoders(card.digests, vae_dtype="bfloat16")
     with open_writer(folder / "clips" / CACHE_FOLDER, encoders=encoders) as writer:
         for number in range(CLIPS):
             entry = ClipEntry(
@@ -257,7 +257,7 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
 @pytest.mark.usefixtures("here")
 def test_masks_of_the_data_set_reach_the_loss():
     """Where nothing counts the loss is zero, and so is the gradient."""
-    encoders = name_encoders(read_model_card(Path("model")).digests)
+    encoders = name_encoders(read_model_card(Path("model")).digests, vae_dtype="bfloat16")
     entry = ClipEntry(
         "0.mp4",
         BUCKET,

@@ -36,12 +36,14 @@ class ModelConfig(Table):
     the linears of the blocks in eight bits; a model folder of another dtype is quantised while it
     loads. A folder that wan22-convert wrote as float8 is used as such, unless
     ``transformer_dtype``, or ``dtype`` = 'float32', asks for the bits that it has lost: an error.
+    ``vae_dtype`` is what the VAE computes the latents of a cache in, whatever ``dtype`` says.
     """
 
     type: Literal["wan"] = "wan"
     ckpt_path: str
     dtype: Dtype = "bfloat16"
     transformer_dtype: Literal["bfloat16", "float32", "float8", "float8_e5m2"] | None = None
+    vae_dtype: Dtype = "bfloat16"
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     sigmoid_scale: float = Field(1.0, gt=0)
     shift: float | None = Field(None, ge=0)
@@ -218,7 +220,10 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
     "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
     "model.cache_text_embeddings": ((True,), "text embeddings are always cached; leave it out"),
-    "model.text_encoder_fp8": ((False,), f"a float8 text encoder {_LATER_VERSION}"),
+    "model.text_encoder_fp8": (
+        (False,),
+        "one that does not fit into GPU memory is streamed from host memory, to the same bits",
+    ),
     "adapter.type": (("lora",), f"LoKr {_LATER_VERSION}; use 'lora'"),
     "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
     "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),

@@ -8,17 +8,16 @@ import argparse
 import gc
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from wan22_jax.clip_encoder import count_frame_bytes, decode_ahead, encode_clips
 from wan22_jax.config import ClipMode, TrainConfig, load_config, load_dataset
 from wan22_jax.data.cache import (
     make_latents_key,
@@ -37,15 +36,13 @@ from wan22_jax.data.video import read_clip
 from wan22_jax.dataset import Directory, choose_uncond_fraction, open_caches, read_directories
 from wan22_jax.errors import BadInput, one_line, run_command
 from wan22_jax.examples import describe_step, open_loader
-from wan22_jax.geometry import TIME_STRIDE
-from wan22_jax.model.vae import WanVAE
 from wan22_jax.model_folder import (
-    load_text_encoder,
+    load_fitting_text_encoder,
     load_vae,
     read_model_card,
     tokenizer_folder,
 )
-from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
+from wan22_jax.sharding import claim_gpu, describe_peak_memory, device_memory, keep_compiled
 from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
@@ -95,6 +92,7 @@ def encode_dataset(
     dataset_file: Path,
     model: Path,
     *,
+    vae_dtype: str = "bfloat16",
     regenerate: bool = False,
     clip_mode: ClipMode = "single_beginning",
     uncond_fraction: float | int = 0,
@@ -107,6 +105,7 @@ def encode_dataset(
     Args:
         dataset_file: the dataset TOML.
         model: a model folder that wan22-convert wrote.
+        vae_dtype: what the VAE computes in, "bfloat16" or "float32".
         regenerate: encode everything, whatever is cached.
         clip_mode: ``video_clip_mode`` of the main file.
         uncond_fraction: of the main file; above 0, the empty caption is encoded too.
@@ -122,7 +121,7 @@ def encode_dataset(
     directories = read_directories(dataset_file, clip_mode=clip_mode)
     uncond_fraction = choose_uncond_fraction(dataset_file, in_main_file=uncond_fraction)
     more_captions = [""] if uncond_fraction else []
-    encoders = name_encoders(read_model_card(model).digests)
+    encoders = name_encoders(read_model_card(model).digests, vae_dtype=vae_dtype)
     surveys = [
         take_clips(
             directory.path,
@@ -143,7 +142,7 @@ def encode_dataset(
             _check_space(work)
         _encode_captions(jobs, model, more_captions)
         gc.collect()  # the text encoder's arrays go before the VAE's come
-        _encode_clips(jobs, model)
+        _encode_clips(jobs, model, vae_dtype)
         for work in jobs:
             _add_masks(work)
             entries = [_make_entry(clip) for clip in work.clips]
@@ -166,7 +165,8 @@ def verify_dataset(config: TrainConfig) -> None:
     Raises:
         BadInput: a cache is incomplete, or records of it are damaged; names the first of them.
     """
-    encoders = name_encoders(read_model_card(Path(config.model.ckpt_path)).digests)
+    card = read_model_card(Path(config.model.ckpt_path))
+    encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
     for cache, _ in open_caches(
         Path(config.dataset), encoders=encoders, clip_mode=config.video_clip_mode
     ):
@@ -201,6 +201,7 @@ def _run(arguments: argparse.Namespace) -> int:
     encode_dataset(
         Path(config.dataset),
         Path(config.model.ckpt_path),
+        vae_dtype=config.model.vae_dtype,
         regenerate=arguments.regenerate_cache,
         clip_mode=config.video_clip_mode,
         uncond_fraction=config.uncond_fraction,
@@ -301,7 +302,7 @@ def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[
     ]
     if not todo:
         return
-    encoder = load_text_encoder(model)
+    encoder = load_fitting_text_encoder(model, memory_bytes=device_memory())
     tokenizer = load_tokenizer(tokenizer_folder(model))
     for caption in dict.fromkeys(caption for caption, _ in todo):
         if is_cut(tokenizer, caption):
@@ -320,24 +321,17 @@ def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[
             bar.update(len(some))
 
 
-def _encode_clips(jobs: Sequence[Work], model: Path) -> None:
+def _encode_clips(jobs: Sequence[Work], model: Path, vae_dtype: str) -> None:
     todo = _list_missing(jobs)
     if not todo:
         return
-    vae = load_vae(model)
+    vae = load_vae(model, dtype=vae_dtype)
+    del vae.decoder  # 1 GB in bfloat16
+    decoded = decode_ahead(todo, _decode, count_bytes=_count_bytes)
     with tqdm(desc="clips", total=len(todo), unit="clip") as bar:
-        for (clip, writer), pixels_TYX3 in _decode_ahead(todo):
-            writer.add(_name_latents(clip), encode_pixels(vae, pixels_TYX3))
+        for (clip, writer), latents_TYXC in encode_clips(vae, decoded):
+            writer.add(_name_latents(clip), latents_TYXC)
             bar.update()
-
-
-def encode_pixels(vae: WanVAE, pixels_TYX3: np.ndarray) -> np.ndarray:
-    """Encodes uint8 frames, 4n + 1 of them, a few at a time; returns float32 latents_TYXC."""
-    starts = range(1, len(pixels_TYX3), TIME_STRIDE)
-    chunks = [pixels_TYX3[:1], *(pixels_TYX3[i : i + TIME_STRIDE] for i in starts)]
-    scaled = (jnp.asarray(chunk[None]).astype(jnp.float32) / 255 * 2 - 1 for chunk in chunks)
-    latents_1TYXC = np.concatenate([np.asarray(x) for x in vae.encode_chunks(scaled)], axis=1)
-    return latents_1TYXC[0]
 
 
 Missing = tuple[SourceClip, CacheWriter]
@@ -357,21 +351,15 @@ def _is_to_do(key: str, cache: CacheWriter) -> bool:
     return cache.owns(key) and key not in cache
 
 
-def _decode_ahead(todo: Sequence[Missing]) -> Iterator[tuple[Missing, np.ndarray]]:
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for missing in todo:
-            now, ahead = ahead, (missing, pool.submit(_decode, missing[0]))
-            if now is not None:
-                yield now[0], now[1].result()
-        if ahead is not None:
-            yield ahead[0], ahead[1].result()
-
-
-def _decode(clip: SourceClip) -> np.ndarray:
+def _decode(missing: Missing) -> np.ndarray:
+    clip, _ = missing
     pixels_TYX3 = read_clip(clip.path, clip.info, clip.bucket, start=clip.start)
     check_stamp(clip.path, clip.stamp)  # the digest is of the file that was surveyed
     return pixels_TYX3
+
+
+def _count_bytes(missing: Missing) -> int:
+    return count_frame_bytes(missing[0].bucket)
 
 
 def _add_masks(work: Work) -> None:

@@ -24,12 +24,9 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
         BadInput: as ``open_caches`` and ``make_loader``.
     """
     dataset = Path(config.dataset)
+    encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
     return make_loader(
-        open_caches(
-            dataset,
-            encoders=name_encoders(card.digests),
-            clip_mode=config.video_clip_mode,
-        ),
+        open_caches(dataset, encoders=encoders, clip_mode=config.video_clip_mode),
         seed=config.seed,
         micro_batch=config.micro_batch,
         accumulation=config.gradient_accumulation_steps,

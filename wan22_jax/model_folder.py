@@ -35,6 +35,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
+from wan22_jax.model.umt5_streamed import StreamedUMT5
 from wan22_jax.model.vae import VAEConfig, WanVAE
 from wan22_jax.weights import (
     Network,
@@ -49,6 +50,7 @@ NETWORKS: tuple[Network, ...] = ("transformer", "vae", "text_encoder")
 FORMAT = "wan22_jax model"
 VERSION = 1
 FLOAT8 = "float8"  # a dtype of models: bfloat16, but for the weights of the blocks' linears
+PROMPT_BYTES = 3 * 10**9  # what 8 prompts of 512 tokens need beside the XXL encoder, rounded up
 _CARD = "model.json"
 _QUANTISERS = 2  # layers that are read and quantised at a time
 _RESTORE_GIB = 8  # host memory for arrays on their way to the device
@@ -177,12 +179,35 @@ def load_vae(folder: Path, *, dtype: DTypeLike | None = None) -> WanVAE:
     return module
 
 
-def load_text_encoder(folder: Path, *, dtype: DTypeLike | None = None) -> UMT5:
+def load_text_encoder(folder: Path, *, dtype: DTypeLike | None = None, host: bool = False) -> UMT5:
     """Loads the text encoder; see ``load_transformer``."""
     config = read_model_card(folder).text_encoder
     module = nnx.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
-    _restore(folder / "text_encoder", module, dtype)
+    _restore(folder / "text_encoder", module, dtype, host=host)
     return module
+
+
+def load_fitting_text_encoder(
+    folder: Path, *, memory_bytes: int | None = None
+) -> UMT5 | StreamedUMT5:
+    """Loads the text encoder to where there is room for it.
+
+    Args:
+        folder: a model folder.
+        memory_bytes: of the device; None where there is no limit to be known.
+    """
+    card = read_model_card(folder)
+    if memory_bytes is None or fits(card, memory_bytes):
+        return load_text_encoder(folder)
+    return StreamedUMT5(load_text_encoder(folder, host=True))
+
+
+def fits(card: ModelCard, memory_bytes: int) -> bool:
+    """Whether the text encoder's weights, and 3 GB for 8 prompts, fit into so much memory."""
+    module = nnx.eval_shape(lambda: UMT5(card.text_encoder, rngs=nnx.Rngs(0)))
+    numbers = sum(math.prod(shape) for shape in stacked_shapes(module).values())
+    itemsize = jnp.dtype(unquantised_dtype(card.dtype)).itemsize
+    return numbers * itemsize + PROMPT_BYTES <= memory_bytes
 
 
 def open_array(path: Path) -> ts.TensorStore:

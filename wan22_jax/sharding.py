@@ -68,6 +68,11 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def device_memory() -> int | None:
+    """Returns how many bytes of the first device JAX may use, None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def describe_peak_memory() -> str:
     """Says how much memory of the first device was in use at most, where the device tells."""
     stats = jax.local_devices()[0].memory_stats() or {}

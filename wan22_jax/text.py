@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from wan22_jax.errors import BadInput
 from wan22_jax.model.umt5 import UMT5
+from wan22_jax.model.umt5_streamed import StreamedUMT5
 
 TEXT_LEN = 512  # tokens of a prompt, padding included (official config, text_len)
 PAD, PAD_ID = "<pad>", 0  # umT5's special tokens
@@ -79,7 +80,9 @@ def is_cut(tokenizer: Tokenizer, prompt: str) -> bool:
     return bool(tokenizer.encode(clean_prompt(prompt)).overflowing)
 
 
-def encode_text(encoder: UMT5, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+def encode_text(
+    encoder: UMT5 | StreamedUMT5, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> list[np.ndarray]:
     """Returns an embedding ``text_SE`` for each prompt, as many rows as it has tokens (1 to 512).
 
     All prompts run as one batch, in the encoder's dtype; each batch size compiles once.
@@ -96,8 +99,19 @@ def encode_text(encoder: UMT5, tokenizer: Tokenizer, prompts: Sequence[str]) -> 
             f"text encoder: token {tokens_BS.max()} is outside of its vocabulary of {vocab_size}; "
             "use the tokenizer and the text encoder of one model"
         )
-    text_BSE = np.asarray(_run_encoder(*nnx.split(encoder), tokens_BS, mask_BS))
+    text_BSE = run_encoder(encoder, tokens_BS, mask_BS)
     return [text_SE[mask_S] for text_SE, mask_S in zip(text_BSE, mask_BS, strict=True)]
+
+
+def run_encoder(
+    encoder: UMT5 | StreamedUMT5,
+    tokens_BS: Int[np.ndarray, "B S"],
+    mask_BS: Bool[np.ndarray, "B S"],
+) -> np.ndarray:
+    """Runs a batch as one program, or as one a layer if the layers are streamed; fetches it."""
+    if isinstance(encoder, StreamedUMT5):
+        return np.asarray(encoder(tokens_BS, mask_BS))
+    return np.asarray(_run_encoder(*nnx.split(encoder), tokens_BS, mask_BS))
 
 
 def pad_text(texts_SE: Sequence[np.ndarray]) -> np.ndarray:

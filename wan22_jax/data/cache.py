@@ -39,9 +39,11 @@ T = TypeVar("T")
 MAX_OPEN_SHARDS = 128  # far below what a process may have open
 
 
-def name_encoders(digests: Mapping[str, str]) -> str:
+def name_encoders(digests: Mapping[str, str], *, vae_dtype: str) -> str:
     """Names the encoders of a model card by their content digests; another name, another cache."""
-    return f"vae {digests['vae'][:16]}, text_encoder {digests['text_encoder'][:16]}"
+    precision = "" if vae_dtype == "float32" else f" in {vae_dtype}"  # as early caches were named
+    vae, text_encoder = digests["vae"][:16], digests["text_encoder"][:16]
+    return f"vae {vae}{precision}, text_encoder {text_encoder}"
 
 
 def make_latents_key(media_digest: str, bucket: Bucket, *, cut: str = "single_beginning") -> str:
@@ -193,7 +195,8 @@ def check_header(folder: Path, *, encoders: str) -> None:
     if made_by != encoders:
         raise BadInput(
             f"{folder}: was made by other encoders ({made_by}); this model has {encoders}; "
-            "run wan22-cache with --regenerate_cache, or use the model that made it"
+            "run wan22-cache with --regenerate_cache, or use the model and vae_dtype that made it "
+            "(none named: 'float32')"
         )
 
 

@@ -78,7 +78,7 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(
-        self, x_BSE: jax.Array, is_token_BS: jax.Array, buckets_SS: np.ndarray
+        self, x_BSE: jax.Array, is_token_BS: jax.Array, buckets_SS: np.ndarray | jax.Array
     ) -> jax.Array:
         """Keeps shape and dtype."""
         bias_HSS = self.pos_embedding(buckets_SS)
@@ -126,7 +126,7 @@ class PositionBias(nnx.Module):
         std = (2 * NUM_BUCKETS * num_heads) ** -0.5  # as the original initialises
         self.embedding = Embedding(NUM_BUCKETS, num_heads, std=std, rngs=rngs)
 
-    def __call__(self, buckets_SS: np.ndarray) -> jax.Array:
+    def __call__(self, buckets_SS: np.ndarray | jax.Array) -> jax.Array:
         """Returns [H, S (query), S (key)], float32."""
         bias_SSH = self.embedding(jnp.asarray(buckets_SS))
         return bias_SSH.transpose(2, 0, 1).astype(jnp.float32)

@@ -13,6 +13,7 @@ and returned video in float32.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ class WanVAE(nnx.Module):
 
         Args:
             chunks: consecutive parts [B, T, Y, X, 3] of one clip: 1 frame, then 4 each (or 4n + 1,
-                then 4n each).
+                then 4n each); in [-1, 1], or uint8, which is scaled on the device.
 
         Raises:
             ValueError: a chunk has another number of frames, or sides that are not multiples of 16.
@@ -144,6 +145,8 @@ class WanVAE(nnx.Module):
             yield video_BTYX3
 
     def _encode(self, video_BTYX3: jax.Array, history: History) -> jax.Array:
+        if video_BTYX3.dtype == jnp.uint8:
+            video_BTYX3 = video_BTYX3.astype(jnp.float32) / 255 * 2 - 1
         x_BTYXC = _fold_pixels(video_BTYX3.astype(self.conv1.weight[...].dtype))
         moments_BTYXC = self.conv1(self.encoder(x_BTYXC, history)).astype(jnp.float32)
         mean, std = self._latent_statistics()
@@ -211,15 +214,15 @@ class Encoder(nnx.Module):
             ]
         )
         head = Conv(widths[-1], 2 * config.z_dim, (3, 3, 3), rngs=rngs)
-        self.head = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
+        self.head: nnx.Dict[Any] = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
 
     def __call__(self, x_BTYXC: jax.Array, history: History) -> jax.Array:
         """Keeps x's dtype."""
-        x_BTYXC = self.conv1(history.extend(x_BTYXC, 2))
+        x_BTYXC = self.conv1(x_BTYXC, history.before(x_BTYXC, 2))
         for part in (*self.downsamples, *self.middle):
             x_BTYXC = part(x_BTYXC, history)
         x_BTYXC = jax.nn.silu(self.head["0"](x_BTYXC))
-        return self.head["2"](history.extend(x_BTYXC, 2))
+        return self.head["2"](x_BTYXC, history.before(x_BTYXC, 2))
 
 
 class Decoder(nnx.Module):
@@ -249,15 +252,15 @@ class Decoder(nnx.Module):
             for i in range(last + 1)
         )
         head = Conv(widths[-1], 3 * PIXEL_PATCH**2, (3, 3, 3), rngs=rngs)
-        self.head = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
+        self.head: nnx.Dict[Any] = nnx.Dict({"0": ChannelNorm((widths[-1], 1, 1, 1)), "2": head})
 
     def __call__(self, x_BTYXC: jax.Array, history: History) -> jax.Array:
         """Keeps x's dtype."""
-        x_BTYXC = self.conv1(history.extend(x_BTYXC, 2))
+        x_BTYXC = self.conv1(x_BTYXC, history.before(x_BTYXC, 2))
         for part in (*self.middle, *self.upsamples):
             x_BTYXC = part(x_BTYXC, history)
         x_BTYXC = jax.nn.silu(self.head["0"](x_BTYXC))
-        return self.head["2"](history.extend(x_BTYXC, 2))
+        return self.head["2"](x_BTYXC, history.before(x_BTYXC, 2))
 
 
 def _fold_pixels(video_BTYX3: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ the dtype of their input; norm statistics and softmax are in float32.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,17 @@ class History:
         self.kept: list[jax.Array] = []  # the past of the next chunk
         self._past = iter(past or ())
 
-    def extend(self, x_BTYXC: jax.Array, num_frames: int) -> jax.Array:
-        """Puts the layer's last ``num_frames`` frames before x: zeros if there are none yet."""
+    def before(self, x_BTYXC: jax.Array, num_frames: int) -> jax.Array:
+        """Returns the layer's last ``num_frames`` frames before x: zeros if there are none yet."""
         batch, _, *frame = x_BTYXC.shape
         if self.is_first:
             past_BTYXC = jnp.zeros((batch, num_frames, *frame), x_BTYXC.dtype)
         else:
             past_BTYXC = next(self._past)
-        extended_BTYXC = jnp.concatenate([past_BTYXC, x_BTYXC], axis=1)
-        self.kept.append(extended_BTYXC[:, -num_frames:])
-        return extended_BTYXC
+        last_BTYXC = x_BTYXC[:, -num_frames:]
+        kept_BTYXC = past_BTYXC[:, last_BTYXC.shape[1] :]
+        self.kept.append(jnp.concatenate([kept_BTYXC, last_BTYXC], axis=1))
+        return past_BTYXC
 
 
 class DownStage(nnx.Module):
@@ -128,9 +130,9 @@ class Downsample(nnx.Module):
         x_BTYXC = self.resample["1"](x_BTYXC, strides=(1, 2, 2), space_padding=(0, 1))
         if self.time_conv is None:
             return x_BTYXC
-        extended_BTYXC = history.extend(x_BTYXC, 1)
+        past_BTYXC = history.before(x_BTYXC, 1)
         if not history.is_first:
-            return self.time_conv(extended_BTYXC, strides=(2, 1, 1))
+            return self.time_conv(x_BTYXC, past_BTYXC, strides=(2, 1, 1))
         later_BTYXC = self.time_conv(x_BTYXC, strides=(2, 1, 1))
         return jnp.concatenate([x_BTYXC[:, :1], later_BTYXC], axis=1)
 
@@ -148,7 +150,7 @@ class Upsample(nnx.Module):
             # Frame 0 never enters the convolution: its history is zero at frame 1.
             num_passed = 1 if history.is_first else 0
             passed_BTYXC, x_BTYXC = x_BTYXC[:, :num_passed], x_BTYXC[:, num_passed:]
-            doubled_BTYXC = self.time_conv(history.extend(x_BTYXC, 2))
+            doubled_BTYXC = self.time_conv(x_BTYXC, history.before(x_BTYXC, 2))
             x_BTYXC = jnp.concatenate([passed_BTYXC, _interleave(doubled_BTYXC)], axis=1)
         x_BTYXC = jnp.repeat(jnp.repeat(x_BTYXC, 2, axis=2), 2, axis=3)
         return self.resample["1"](x_BTYXC)
@@ -158,7 +160,7 @@ class ResidualBlock(nnx.Module):
     """Two causal convolutions, each after norm and SiLU, plus the input."""
 
     def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs):
-        self.residual = nnx.Dict(
+        self.residual: nnx.Dict[Any] = nnx.Dict(
             {
                 "0": ChannelNorm((num_in, 1, 1, 1)),
                 "2": Conv(num_in, num_out, (3, 3, 3), rngs=rngs),
@@ -171,8 +173,10 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x_BTYXC: jax.Array, history: History) -> jax.Array:
         """Keeps x's dtype."""
         layers = self.residual
-        y_BTYXC = layers["2"](history.extend(jax.nn.silu(layers["0"](x_BTYXC)), 2))
-        y_BTYXC = layers["6"](history.extend(jax.nn.silu(layers["3"](y_BTYXC)), 2))
+        y_BTYXC = jax.nn.silu(layers["0"](x_BTYXC))
+        y_BTYXC = layers["2"](y_BTYXC, history.before(y_BTYXC, 2))
+        y_BTYXC = jax.nn.silu(layers["3"](y_BTYXC))
+        y_BTYXC = layers["6"](y_BTYXC, history.before(y_BTYXC, 2))
         return y_BTYXC + (x_BTYXC if self.shortcut is None else self.shortcut(x_BTYXC))
 
 
@@ -221,25 +225,51 @@ class Conv(nnx.Module):
     def __call__(
         self,
         x_BTYXC: jax.Array,
+        past_BTYXC: jax.Array | None = None,
         *,
         strides: tuple[int, int, int] = (1, 1, 1),
         space_padding: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Keeps x's dtype; pads rows and columns to keep the size, frames never."""
+        """Keeps x's dtype and, by padding, rows and columns; ``past_BTYXC`` comes before x."""
         weight = self.weight[...].astype(x_BTYXC.dtype)
-        if weight.ndim == 4:
-            weight = weight[:, :, None]
+        if weight.ndim == 5:  # a convolution over rows and columns of several frames' channels
+            x_BTYXC = _gather_frames(past_BTYXC, x_BTYXC, weight.shape[2], strides[0])
+            weight = weight.swapaxes(1, 2).reshape(weight.shape[0], -1, *weight.shape[3:])
         half = weight.shape[-1] // 2
         space_padding = space_padding or (half, half)
-        y_BTYXC = jax.lax.conv_general_dilated(
-            x_BTYXC,
+        batch, time, *frame = x_BTYXC.shape
+        y_NYXC = jax.lax.conv_general_dilated(
+            x_BTYXC.reshape(batch * time, *frame),
             weight,
-            window_strides=strides,
-            padding=((0, 0), space_padding, space_padding),
-            dimension_numbers=("NDHWC", "OIDHW", "NDHWC"),
+            window_strides=strides[1:],
+            padding=(space_padding, space_padding),
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
             precision=jax.lax.Precision.HIGHEST,  # float32 on a GPU too, not TF32
         )
+        y_BTYXC = y_NYXC.reshape(batch, time, *y_NYXC.shape[1:])
         return y_BTYXC + along_last(self.bias[...], y_BTYXC)
+
+
+def _gather_frames(
+    past_BTYXC: jax.Array | None, x_BTYXC: jax.Array, num_frames: int, stride: int
+) -> jax.Array:
+    """Puts the frames that a result is made of beside each other, as channels.
+
+    XLA runs a convolution over three axes channels first, with copies around it; one over two axes
+    of three times the channels is 6 to 22 % faster on an H100 and compiles in a third of the time.
+    """
+    past_BTYXC = x_BTYXC[:, :0] if past_BTYXC is None else past_BTYXC
+    num_past = past_BTYXC.shape[1]
+    num_starts = max(0, num_past + x_BTYXC.shape[1] - num_frames + 1)
+
+    def take(first: int) -> jax.Array:
+        end = first + num_starts
+        first_in_x = (first - num_past) % stride if first < num_past else first - num_past
+        in_past_BTYXC = past_BTYXC[:, first : min(end, num_past) : stride]
+        in_x_BTYXC = x_BTYXC[:, first_in_x : max(end - num_past, 0) : stride]
+        return jnp.concatenate([in_past_BTYXC, in_x_BTYXC], axis=1)
+
+    return jnp.concatenate([take(first) for first in range(num_frames)], axis=-1)
 
 
 def _make_blocks(num_in: int, num_out: int, num_blocks: int, *, rngs: nnx.Rngs) -> list[nnx.Module]:
