@@ -3,8 +3,7 @@
 A cache folder holds
 
   cache.json               which encoders made it; written first
-  0000-00000.array_record  shards, numbered for each writing process; a record is one safetensors
-                           file with one array
+  0000-00000.array_record  shards of each writing process; a record is one array (safetensors)
   0000-00000.keys          the packed keys of a shard's records, in order; its presence = complete
   pending/0000/            records that are not in a shard yet
   clips.index              the data set: each clip's file, bucket and records (index.py); last
@@ -42,8 +41,7 @@ MAX_OPEN_SHARDS = 128  # far below what a process may have open
 def name_encoders(digests: Mapping[str, str], *, vae_dtype: str) -> str:
     """Names the encoders of a model card by their content digests; another name, another cache."""
     precision = "" if vae_dtype == "float32" else f" in {vae_dtype}"  # as early caches were named
-    vae, text_encoder = digests["vae"][:16], digests["text_encoder"][:16]
-    return f"vae {vae}{precision}, text_encoder {text_encoder}"
+    return f"vae {digests['vae'][:16]}{precision}, text_encoder {digests['text_encoder'][:16]}"
 
 
 def make_latents_key(media_digest: str, bucket: Bucket, *, cut: str = "single_beginning") -> str:
@@ -132,8 +130,7 @@ class Cache:
         return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
 
 
-# What reading a damaged record raises.
-DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)
+DAMAGE = (RuntimeError, ValueError, IndexError, SafetensorError)  # raised by a damaged record
 
 
 def open_cache(
@@ -162,21 +159,8 @@ def open_cache(
         clips = Index(folder / INDEX)
     except BAD_INDEX as error:
         raise BadInput(f"{folder / INDEX}: is damaged ({error}); {REMEDY} again") from None
-    if set(clips.asked) != set(buckets):
-        raise BadInput(
-            f"{folder}: was cached for {_join(clips.asked)}, the dataset file now asks for "
-            f"{_join(buckets)}; {REMEDY} again (what is still right is kept)"
-        )
-    changes = [
-        f"{key} was {clips.options.get(key, 'not set')}, is {options.get(key, 'not set')}"
-        for key in sorted(clips.options | dict(options))
-        if clips.options.get(key) != options.get(key)
-    ]
-    if changes:
-        raise BadInput(
-            f"{folder}: the dataset file has changed since it was cached ({'; '.join(changes)}); "
-            f"{REMEDY} again (what is still right is kept)"
-        )
+    if changes := clips.describe_changes(buckets, options):
+        raise BadInput(f"{folder}: {changes}; {REMEDY} again (what is still right is kept)")
     return Cache(folder, clips)
 
 
@@ -227,7 +211,3 @@ def unpack_note(record: bytes) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
-
-
-def _join(buckets: Iterable[Bucket]) -> str:
-    return ", ".join(map(str, sorted(buckets)))

@@ -216,6 +216,19 @@ class Index:
         """Of all shards, needed or not."""
         return len(self.arrays["keys_R"])
 
+    def describe_changes(self, buckets: Sequence[Bucket], options: Mapping[str, str]) -> str:
+        """Says what a dataset file asks for now that it did not then; empty if nothing."""
+        if set(self.asked) != set(buckets):
+            then, now = (", ".join(map(str, sorted(some))) for some in (self.asked, buckets))
+            return f"was cached for {then}, the dataset file now asks for {now}"
+        changes = [
+            f"{key} was {self.options.get(key, 'not set')}, is {options.get(key, 'not set')}"
+            for key in sorted(self.options | dict(options))
+            if self.options.get(key) != options.get(key)
+        ]
+        said = f"the dataset file has changed since it was cached ({'; '.join(changes)})"
+        return said if changes else ""
+
     def file(self, number: int) -> str:
         """The name of a clip's file."""
         return os.fsdecode(self.arrays["file"][_span(self.arrays["file_end_N"], number)].tobytes())
