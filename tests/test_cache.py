@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import ml_dtypes
@@ -379,18 +380,25 @@ def test_damage_is_named_when_read(tmp_path):
         open_cache(tmp_path, encoders=ENCODERS, buckets=[BUCKET])
 
 
-@pytest.mark.parametrize("shard_bytes", [4000, 2**30], ids=["in a shard", "in a record"])
-def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
-    mount = tmp_path / "small"
-    mount.mkdir()
+@contextmanager
+def small_disk(folder, *, size):
+    folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", mount],
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
         check=False,
         capture_output=True,
     )
     if made.returncode:
         pytest.skip("cannot mount a small disk here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False)
+
+
+@pytest.mark.parametrize("shard_bytes", [4000, 2**30], ids=["in a shard", "in a record"])
+def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
+    with small_disk(tmp_path / "small", size="300k") as mount:
         code = run_command(lambda: fill(mount, range(1000), shard_bytes=shard_bytes))
         error = capsys.readouterr().err
         assert code == 2
@@ -402,20 +410,11 @@ def test_full_disk_keeps_what_is_done(tmp_path, capsys, shard_bytes):
             assert len(done) >= 5
             writer.finish([entry_of(number) for number in done], buckets=[BUCKET])
         check_readable(mount, done)
-    finally:
-        subprocess.run(["umount", "-l", mount], check=False)
 
 
 @pytest.mark.parametrize("what", ["index", "collecting"])
 def test_full_disk_leaves_the_old_index_whole(tmp_path, capsys, what):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], check=False, capture_output=True
-    )
-    if made.returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
+    with small_disk(tmp_path / "small", size="8m") as mount:
         fill(mount, range(4), shard_bytes=4000)
         fill(mount, [0, 1], shard_bytes=4000)
         with open_writer(mount, encoders=ENCODERS) as writer:
@@ -435,8 +434,6 @@ def test_full_disk_leaves_the_old_index_whole(tmp_path, capsys, what):
         fill(mount, [0, 1, 2], shard_bytes=4000)
         assert not list(mount.rglob("*.partial"))
         check_readable(mount, [0, 1, 2])
-    finally:
-        subprocess.run(["umount", "-l", mount], check=False)
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
