@@ -27,7 +27,9 @@ LAYERS = [
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
     | {"wan22_jax.data.captions", "wan22_jax.data.probed"},
     {"wan22_jax.data.buckets", "wan22_jax.data.index", "wan22_jax.training.optimizer"}
-    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"},
+    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
+    | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"},
+    {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
     {"wan22_jax.data.cache"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
@@ -35,7 +37,9 @@ LAYERS = [
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
     {"wan22_jax.adapter", "wan22_jax.config"},
     {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"},
-    {"wan22_jax.examples"},
+    {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
+    {"wan22_jax.report"},
+    {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},

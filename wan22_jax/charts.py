@@ -5,6 +5,7 @@ the highest of each pixel, smoothed ones are sampled.
 """
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,9 +20,12 @@ _COLUMNS = 300  # points of a line
 _BIG_ENOUGH = 20  # values from which on a line is smoothed, and outliers are cut off
 
 STYLE = """
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .6rem .2rem; }
-figcaption { font-weight: 600; display: flex; flex-wrap: wrap; gap: .1rem .8rem; align-items: baseline; }
+.charts { display: grid; gap: 1rem; }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+figure { padding: .6rem .6rem .2rem; }
+figcaption { font-weight: 600; display: flex; flex-wrap: wrap; gap: .1rem .8rem; }
+figcaption { align-items: baseline; }
 figcaption span { font-weight: 400; font-size: .85em; white-space: nowrap; }
 figcaption i { display: inline-block; width: .8em; height: .25em; margin-right: .3em;
   vertical-align: middle; border-radius: 1px; background: currentColor; }
@@ -91,9 +95,7 @@ def draw_chart(
         for line, smoothed in zip(lines, shown, strict=True)
         if line.label
     )
-    clip = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-    )
+    clip = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
     return (
         f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>\n"
         f"{clip}{''.join(parts)}</svg></figure>\n"
@@ -154,7 +156,7 @@ def _envelope(curve: Curve) -> Curve:
         return curve
     bounds = np.linspace(0, len(curve.steps_N), _COLUMNS + 1).astype(int)
     kept = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         part_N = curve.values_N[start:end]
         kept += sorted({start + int(part_N.argmin()), start + int(part_N.argmax())})
     return Curve(curve.steps_N[kept], curve.values_N[kept])
@@ -167,9 +169,7 @@ def _thin_out(curve: Curve) -> Curve:
     return Curve(curve.steps_N[kept], curve.values_N[kept])
 
 
-def _draw_axes(
-    x_low: float, x_high: float, y_low: float, y_high: float, x_label: str
-) -> list[str]:
+def _draw_axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label: str) -> list[str]:
     parts = []
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
     for y in _ticks(y_low, y_high, 4):

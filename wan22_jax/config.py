@@ -84,6 +84,18 @@ class OptimizerConfig(Table):
     eps: float = Field(default=1e-8, gt=0)
 
 
+class MonitoringConfig(Table):
+    """The ``[monitoring]`` table: Weights & Biases, beside TensorBoard.
+
+    The key is never written: neither into the run's copy of the config nor into a checkpoint.
+    """
+
+    enable_wandb: bool = False
+    wandb_api_key: str | None = Field(default=None, exclude=True, repr=False)
+    wandb_tracker_name: str | None = None
+    wandb_run_name: str | None = None
+
+
 class TrainConfig(Table):
     """The main file.
 
@@ -114,8 +126,18 @@ class TrainConfig(Table):
     checkpoint_every_n_minutes: float | None = Field(None, gt=0)
     resume_from_checkpoint: bool | str = False
     logging_steps: int = Field(1, ge=1)
+    steps_per_print: int | None = Field(None, ge=1)
+    x_axis_examples: bool = False
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     uncond_fraction: float = Field(0.0, ge=0, le=1)
     video_clip_mode: ClipMode = "single_beginning"
+    # Keys of diffusion-pipe that change nothing here (see _IGNORED).
+    caching_batch_size: int | None = Field(None, ge=1)
+    map_num_proc: int | None = Field(None, ge=1)
+    compile: bool | None = None
+    partition_method: str | None = None
+    partition_split: list[int] | None = None
+    reentrant_activation_checkpointing: bool | None = None
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
     image_micro_batch_size_per_gpu: Any = None
     eval_micro_batch_size_per_gpu: Any = None
@@ -134,16 +156,7 @@ class TrainConfig(Table):
     huber_delta: Any = None
     smooth_l1_beta: Any = None
     pseudo_huber_c: Any = None
-    x_axis_examples: Any = None
-    steps_per_print: Any = None
-    monitoring: Any = None
-    caching_batch_size: Any = None
-    map_num_proc: Any = None
-    compile: Any = None
     pipeline_stages: Any = None
-    partition_method: Any = None
-    partition_split: Any = None
-    reentrant_activation_checkpointing: Any = None
 
     @property
     def learning_rate(self) -> float:
@@ -245,19 +258,20 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "huber_delta": ((None,), f"the Huber loss {_LATER_VERSION}"),
     "smooth_l1_beta": ((None,), f"the smooth L1 loss {_LATER_VERSION}"),
     "pseudo_huber_c": ((None,), f"the pseudo-Huber loss {_LATER_VERSION}"),
-    "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
-    "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
-    "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
-    "caching_batch_size": ((None, 1), f"caching in batches {_LATER_VERSION}; use 1"),
-    "map_num_proc": ((None,), "wan22-cache chooses its own parallelism; leave it out"),
-    "compile": ((None, True), "the train step is always compiled; leave it out"),
     "pipeline_stages": ((None, 1), _DEEPSPEED),
-    "partition_method": ((None, "parameters"), _DEEPSPEED),
-    "partition_split": ((None,), _DEEPSPEED),
-    "reentrant_activation_checkpointing": ((None, False), "belongs to torch; leave it out"),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
+}
+
+# key -> why leaving it out trains the same; such a key is accepted with whatever value
+_IGNORED = {
+    "caching_batch_size": "wan22-cache chooses its batches by the memory that there is",
+    "map_num_proc": "wan22-cache chooses its own parallelism",
+    "compile": "the train step is always compiled",
+    "partition_method": "it splits layers among pipeline stages, of which there is one",
+    "partition_split": "it splits layers among pipeline stages, of which there is one",
+    "reentrant_activation_checkpointing": "it chooses between two ways of torch to recompute",
 }
 
 TableT = TypeVar("TableT", bound=Table)
@@ -301,6 +315,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
     return config
+
+
+def list_ignored(config: TrainConfig) -> list[str]:
+    """Says of each key that is set and changes nothing why it does not."""
+    return [
+        f"{key} has no effect: {reason}"
+        for key, reason in _IGNORED.items()
+        if getattr(config, key) is not None
+    ]
 
 
 def load_dataset(path: Path) -> DatasetConfig:

@@ -24,11 +24,15 @@ SAMPLE_PX = 480
 MAX_SAMPLES = 200  # the newest by name
 _TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video"}
 
-_STYLE = """
+_STYLE = (
+    """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881;
   --c0: #2563c9; --c1: #c2570c; --c2: #16803c; --c3: #8b3fc4; }
-@media (prefers-color-scheme: dark) { :root { --c0: #6ea8ff; --c1: #ff9d5c; --c2: #5fd38d; --c3: #c79bff; } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; max-width: 84rem; }
+@media (prefers-color-scheme: dark) {
+  :root { --c0: #6ea8ff; --c1: #ff9d5c; --c2: #5fd38d; --c3: #c79bff; }
+}
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; }
+body { max-width: 84rem; }
 h1 { font-size: 1.4rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .7rem; }
 .cards { display: flex; flex-wrap: wrap; gap: .6rem; margin-top: 1rem; }
@@ -40,12 +44,15 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 th { background: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.wide { overflow-wrap: anywhere; min-width: 14rem; }
-.samples { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
+.samples { display: grid; gap: .8rem; }
+.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
 .samples img { display: block; width: 100%; border-radius: .4rem; }
 .samples div { font-size: .85em; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; border-radius: .5rem; overflow-x: auto; }
 summary { cursor: pointer; }
-""" + CHART_STYLE
+"""
+    + CHART_STYLE
+)
 
 
 def write_report(run: RunSummary, out: Path) -> None:
@@ -143,7 +150,9 @@ def _write_decile_table(curves: dict[str, Curve]) -> str:
         if curve is None or len(curve.values_N) < 2:
             continue
         part = max(1, len(curve.values_N) // 5)
-        first, last = (float(some.mean()) for some in (curve.values_N[:part], curve.values_N[-part:]))
+        first, last = (
+            float(some.mean()) for some in (curve.values_N[:part], curve.values_N[-part:])
+        )
         change = f"{last / first - 1:+.1%}" if first else ""
         rows.append(
             f"<tr><td>{name.removeprefix('loss_sigma_')}<td class=n>{len(curve.values_N):,}"
@@ -151,7 +160,8 @@ def _write_decile_table(curves: dict[str, Curve]) -> str:
         )
     if not rows:
         return ""
-    head = "<tr><th>sigma<th class=n>values<th class=n>first fifth<th class=n>last fifth<th class=n>change"
+    columns = ("values", "first fifth", "last fifth", "change")
+    head = "<tr><th>sigma" + "".join(f"<th class=n>{column}" for column in columns)
     return f'<div class="scroll"><table>{head}\n{"".join(rows)}</table></div>\n'
 
 
@@ -242,7 +252,10 @@ def _read_picture(path: Path) -> str:
 
 
 def _write_saved(run: RunSummary) -> str:
-    rows = [*_list_saved(run, run.checkpoints, "checkpoint"), *_list_saved(run, run.adapters, "file")]
+    rows = [
+        *_list_saved(run, run.checkpoints, "checkpoint"),
+        *_list_saved(run, run.adapters, "file"),
+    ]
     if not rows:
         return ""
     head = "<tr><th>what<th>where<th class=n>size<th class=n>saved, UTC"

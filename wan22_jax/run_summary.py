@@ -195,7 +195,9 @@ def _describe_speed(status: Status) -> list[tuple[str, str]]:
             rows.append(("ETA", f"{format_duration(seconds)}, at {ends:%Y-%m-%d %H:%M} UTC"))
     if status.lr is not None:
         rows.append(("lr", f"{status.lr:.3e}"))
-    memory = "peak not known" if status.peak_memory_gb is None else f"{status.peak_memory_gb:.1f} GB"
+    memory = (
+        "peak not known" if status.peak_memory_gb is None else f"{status.peak_memory_gb:.1f} GB"
+    )
     rows.append(("memory", f"{memory} of {status.device}"))
     return rows
 

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -43,7 +44,6 @@ class StepReport(NamedTuple):
     epoch: int
     ends_epoch: bool
     bucket: Bucket
-    lr: float
     metrics: dict[str, jax.Array]  # "loss", "grad_norm", and of each example "loss_AB", ...
     clips: tuple[str, ...]
 
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     logging_steps: int  # TensorBoard gets the scalars of every so manieth step
     steps_per_print: int | None  # lines where stdout is no terminal; None: every PRINT_S
     model: TransformerConfig
+    lr_N: np.ndarray  # of the session's steps
     trains_weights: bool  # full fine-tuning, see ``count_flops``
 
 
@@ -63,9 +64,26 @@ class Progress:
     """The progress line, the event file, the status and the W&B run of a session; a context."""
 
     def __init__(
-        self, run_dir: Path, session: Session, plan: Plan, *, wandb: WandbLog | None = None
+        self,
+        run_dir: Path,
+        session: Session,
+        plan: Plan,
+        *,
+        earlier_losses: Sequence[float] = (),
+        epoch_losses: Sequence[float] = (),
+        wandb: WandbLog | None = None,
     ):
-        self._run_dir, self._plan, self._wandb = run_dir, plan, wandb
+        """Opens the session's event file and writes its first status.
+
+        Args:
+            run_dir: the run's folder.
+            session: how this start of wan22-train goes on.
+            plan: what is going to be done.
+            earlier_losses: that earlier sessions logged, up to the first step.
+            epoch_losses: those of them that belong to the epoch of the next step.
+            wandb: gets the scalars too.
+        """
+        self._run_dir, self._session, self._plan, self._wandb = run_dir, session, plan, wandb
         self._events = EventLog(run_dir, session)
         # Where the line cannot be rewritten, in a log, plain lines take its place.
         self._bar = tqdm(
@@ -79,13 +97,14 @@ class Progress:
         self._pushed_at: float | None = None
         self._step_s: float | None = None
         self._losses = _Losses()
-        self._epoch_losses: list[float] = []
+        self._epoch_losses = list(epoch_losses)
         self._status = Status(
             "running",
             session.first_step,
             plan.total_steps,
             session.first_epoch,
             plan.epochs,
+            average_loss=_average(None, earlier_losses),
             device=jax.local_devices()[0].device_kind,
         )
         self._flushed_at = self._printed_at = time.monotonic()
@@ -133,10 +152,14 @@ class Progress:
             self.flush()
 
     def flush(self) -> None:
-        """Waits for the last dispatched step and writes it; raises BadInput as ``push`` does."""
+        """Waits for the last dispatched step and writes it; raises BadInput as ``push`` does.
+
+        What is known is then on disk: a checkpoint that follows finds the losses of its epoch.
+        """
         if self._pending is not None:
             self._finish(self._pending, None)
         self._pending = self._pushed_at = None
+        self._events.flush()
 
     def say(self, line: str) -> None:
         """Prints a line above the progress line."""
@@ -161,34 +184,36 @@ class Progress:
             )
         self._epoch_losses.append(loss)
         self._losses.add(metrics)
-        before = self._status
-        average = loss if before.average_loss is None else before.average_loss
+        before, lr = (
+            self._status,
+            float(self._plan.lr_N[report.step - 1 - self._session.first_step]),
+        )
         self._status = before._replace(
             step=report.step,
             epoch=report.epoch,
             loss=loss,
-            average_loss=average + (1 - SMOOTHING) * (loss - average),
-            lr=report.lr,
+            average_loss=_average(before.average_loss, [loss]),
+            lr=lr,
         )
         speed = {}
         if seconds is not None:
             speed = self._measure(report, seconds)
         if report.step % self._plan.logging_steps == 0:
-            values = {"lr": report.lr, "loss": loss, "grad_norm": float(metrics["grad_norm"])}
-            values |= speed | self._losses.take()
+            values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+            values |= {"lr": lr} | speed | self._losses.take()
             if (peak := peak_memory()) is not None:
                 values["peak_memory_gb"] = peak / 1e9
                 self._status = self._status._replace(peak_memory_gb=peak / 1e9)
-            self.add_scalars({f"train/{name}": value for name, value in values.items()}, report.step)
+            self.add_scalars(
+                {f"train/{name}": value for name, value in values.items()}, report.step
+            )
         if report.ends_epoch:
             self._finish_epoch(report)
         self._show(report)
 
     def _measure(self, report: StepReport, seconds: float) -> dict[str, float]:
         num_clips, num_tokens = len(report.clips), report.bucket.num_tokens
-        flops = count_flops(
-            self._plan.model, num_tokens, trains_weights=self._plan.trains_weights
-        )
+        flops = count_flops(self._plan.model, num_tokens, trains_weights=self._plan.trains_weights)
         amounts = {
             "samples_per_s": num_clips,
             "tokens_per_s": num_clips * num_tokens,
@@ -234,6 +259,12 @@ class Progress:
             log.warning("the disk is full: the status of the run was not written")
 
 
+def _average(before: float | None, losses: Sequence[float]) -> float | None:
+    for loss in losses:
+        before = loss if before is None else before + (1 - SMOOTHING) * (loss - before)
+    return before
+
+
 def describe_status(status: Status) -> str:
     """Puts a run's progress into one line."""
     parts = [f"step {status.step}/{status.total_steps}", f"epoch {status.epoch}/{status.epochs}"]
@@ -265,6 +296,8 @@ class _Losses:
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds a step's examples: "loss_AB", "sigma_AB" and "task_AB"."""
+        if "loss_AB" not in metrics:
+            return
         losses, sigmas, tasks = (
             np.ravel(metrics[f"{name}_AB"]).tolist() for name in ("loss", "sigma", "task")
         )

@@ -15,13 +15,13 @@ class WandbLog:
     """One run at Weights & Biases; a resumed run goes on with its own."""
 
     def __init__(
-        self, run_dir: Path, *, api_key: str, project: str, name: str, config: dict[str, Any]
+        self, run_dir: Path, *, api_key: str | None, project: str, name: str, config: dict[str, Any]
     ):
         """Logs in and starts, or goes on with, the run.
 
         Args:
             run_dir: its folder; the id at Weights & Biases is made from its name.
-            api_key: of the account.
+            api_key: of the account; None: the one that ``wandb login`` or WANDB_API_KEY gave.
             project: where it is listed, ``wandb_tracker_name``.
             name: what it is called there.
             config: shown with it; holds no secrets.
@@ -38,7 +38,8 @@ class WandbLog:
             ) from None
         run_id = hashlib.sha256(f"{project}/{name}/{run_dir.name}".encode()).hexdigest()[:16]
         try:
-            wandb.login(key=api_key)
+            if api_key is not None:
+                wandb.login(key=api_key)
             self._run = wandb.init(
                 project=project,
                 name=name,
