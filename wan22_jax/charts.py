@@ -146,7 +146,8 @@ def _range_y(lines: Sequence[Line], shown: Sequence[Curve]) -> tuple[float, floa
         elif line.raw:  # a spike must not flatten all the rest
             values.append(np.quantile(line.curve.values_N, [0.005, 0.995]))
     low, high = (float(bound(np.concatenate(values))) for bound in (np.min, np.max))
-    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    # What is all but constant, as memory, is drawn as such.
+    margin = max(0.05 * (high - low), 0.02 * abs(high) - (high - low)) or 1.0
     return (0.0 if 0 <= low < margin else low - margin), high + margin
 
 
@@ -175,7 +176,7 @@ def _draw_axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label
     for y in _ticks(y_low, y_high, 4):
         at = _TOP + (1 - (y - y_low) / (y_high - y_low)) * (bottom - _TOP)
         parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{right}"/>')
-        text = format_value(round(y, 12))
+        text = f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.4g}"
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
     for x in _ticks(x_low, x_high, 5):
         at = _LEFT + (x - x_low) / (x_high - x_low) * (right - _LEFT)

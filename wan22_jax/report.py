@@ -17,6 +17,7 @@ from wan22_jax.geometry import Bucket
 from wan22_jax.run_summary import RunSummary, Saved, describe_state, digest_config, format_bytes
 from wan22_jax.training.events import EPOCH_LOSS, Curve
 from wan22_jax.training.metrics import NUM_DECILES, TASKS, format_duration, name_decile
+from wan22_jax.training.status import is_alive
 
 FILE = "report.html"
 SAMPLES = "samples"  # folder of pictures and clips in a run folder
@@ -38,12 +39,12 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .7rem; }
 .cards { display: flex; flex-wrap: wrap; gap: .6rem; margin-top: 1rem; }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .9rem; }
 .card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; min-width: min(100%, 34rem); }
+.scroll { overflow-x: auto; } .charts + .scroll { margin-top: 1rem; }
+table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; }
 th { background: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.wide { overflow-wrap: anywhere; min-width: 14rem; }
+td.k { white-space: nowrap; } td.wide { overflow-wrap: anywhere; min-width: 14rem; }
 .samples { display: grid; gap: .8rem; }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
 .samples img { display: block; width: 100%; border-radius: .4rem; }
@@ -96,7 +97,7 @@ def _write_cards(run: RunSummary) -> str:
             cards["tokens/s"] = f"{status.tokens_per_s or 0:,.0f}"
             cards["model TFLOP/s"] = format_value(status.model_tflops or 0)
             left = status.total_steps - status.step
-            if status.state == "running" and left > 0:
+            if status.state == "running" and left > 0 and is_alive(status) is not False:
                 cards["left"] = format_duration(left * status.step_s)
         if status.peak_memory_gb is not None:
             cards["GB at most"] = f"{status.peak_memory_gb:.1f}"
@@ -108,7 +109,7 @@ def _write_cards(run: RunSummary) -> str:
 def _draw_loss(run: RunSummary) -> list[str]:
     curves, resumes = run.curves, _resumes(run)
     tasks = [
-        Line(_TASK_NAMES[task], curves[f"train/loss_{task}"], f"var(--c{number})")
+        Line(_TASK_NAMES[task], curves[f"train/loss_{task}"], f"var(--c{number})", raw=False)
         for number, task in enumerate(TASKS)
         if f"train/loss_{task}" in curves
     ]
@@ -155,7 +156,7 @@ def _write_decile_table(curves: dict[str, Curve]) -> str:
         )
         change = f"{last / first - 1:+.1%}" if first else ""
         rows.append(
-            f"<tr><td>{name.removeprefix('loss_sigma_')}<td class=n>{len(curve.values_N):,}"
+            f"<tr><td class=k>{name.removeprefix('loss_sigma_')}<td class=n>{len(curve.values_N):,}"
             f"<td class=n>{first:.4f}<td class=n>{last:.4f}<td class=n>{change}\n"
         )
     if not rows:

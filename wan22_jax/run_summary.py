@@ -189,16 +189,15 @@ def _describe_speed(status: Status) -> list[tuple[str, str]]:
         text += f"{status.tokens_per_s:,.0f} tokens/s, {status.model_tflops:.3g} model TFLOP/s"
         rows.append(("speed", text))
         left = status.total_steps - status.step
-        if status.state == "running" and left > 0:
+        if status.state == "running" and left > 0 and is_alive(status) is not False:
             seconds = left * status.step_s
             ends = datetime.fromtimestamp(status.written_at + seconds, UTC)
             rows.append(("ETA", f"{format_duration(seconds)}, at {ends:%Y-%m-%d %H:%M} UTC"))
     if status.lr is not None:
         rows.append(("lr", f"{status.lr:.3e}"))
-    memory = (
-        "peak not known" if status.peak_memory_gb is None else f"{status.peak_memory_gb:.1f} GB"
-    )
-    rows.append(("memory", f"{memory} of {status.device}"))
+    peak = status.peak_memory_gb
+    memory = "peak not known" if peak is None else f"peak {peak:.1f} GB"
+    rows.append(("memory", f"{memory} on {status.device}"))
     return rows
 
 
