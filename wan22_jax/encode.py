@@ -282,10 +282,9 @@ def _describe_rest(work: Work, num_records: int) -> str:
 def _report(config: TrainConfig) -> dict[str, Any]:
     dataset = Path(config.dataset)
     directories = read_directories(dataset, clip_mode=config.video_clip_mode)
-    per_step = config.micro_batch * config.gradient_accumulation_steps
     return report_dataset(
         [(directory.folder, directory.num_repeats) for directory in directories],
-        Epoch(per_step, load_dataset(dataset).subsample_ratio),
+        Epoch(config.batching, load_dataset(dataset).subsample_ratio),
         title=f"Preflight of {dataset}",
         into=Path(config.output_dir),
         print_line=_print,
