@@ -120,7 +120,8 @@ def _write_buckets(file: TextIO, buckets: Sequence[dict[str, Any]]) -> None:
         file.write(
             f"<tr><td>{row['bucket']}{never}<td class=n>{row['clips']}<td class=n>{row['entries']}"
             f"<td class=n>{row['clips_per_step']}<td class=n>{row['steps']}"
-            f"<td class=n>{row['left_out_each_epoch']}<td class=n>{row['tokens']}<td class=n>{row['bytes'] / 1e6:.1f}\n"
+            f"<td class=n>{row['left_out_each_epoch']}<td class=n>{row['tokens']}"
+            f"<td class=n>{row['bytes'] / 1e6:.1f}\n"
         )
     file.write("</table>\n")
 
