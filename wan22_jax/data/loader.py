@@ -87,7 +87,7 @@ def make_loader(
                 f"{cache.folder}: holds no empty caption, which uncond_fraction = "
                 f"{uncond_fraction} needs; run wan22-cache on this dataset"
             )
-    entries = _list_entries(caches)
+    entries = list_entries(caches)
     counts = {bucket: len(entries[bucket]) for bucket in sorted(entries)}
     length = count_steps(counts, batching, subsample_ratio=subsample_ratio)
     for bucket in counts:
@@ -155,7 +155,7 @@ class Loader:
         self._sizes = [len(some) for some in entries.values()]
         self._entries = np.concatenate(list(entries.values()))
         self._bucket_start = np.cumsum([0, *self._sizes])
-        self._masked = [_has_masks(caches, some) for some in entries.values()]
+        self._masked = [has_masks(caches, some) for some in entries.values()]
         self._seed = seed
         self._batching = batching
         self._process = process_index, process_count
@@ -168,17 +168,9 @@ class Loader:
         bucket, chosen = self.choose(step)
         own_AB = self._list_own(bucket)
         own = [chosen[position] for position in own_AB.flat]
-        clips = [one.cache.read(one.clip, caption=one.caption) for one in own]
-        mask_ABYX = None
-        if self._masked[self._buckets.index(bucket)]:  # not by the batch: one program a bucket
-            ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
-            masks = [ones_YX if clip.mask_YX is None else clip.mask_YX for clip in clips]
-            mask_ABYX = _split(masks, own_AB)
-        batch = Batch(
-            _split([clip.latents_TYXC for clip in clips], own_AB),
-            _split(pad_text([clip.text_SE for clip in clips]), own_AB),
-            mask_ABYX,
-        )
+        # Masks not by the batch: one program a bucket.
+        masked = self._masked[self._buckets.index(bucket)]
+        batch = read_batch(own, bucket, shape_AB=own_AB.shape, masked=masked)
         return Step(batch, bucket, tuple(one.file for one in chosen))
 
     def choose(self, step: int) -> tuple[Bucket, list[Chosen]]:
@@ -221,12 +213,37 @@ class Loader:
         return positions_AB[:, size // count * index : size // count * (index + 1)]
 
 
-def _split(arrays: Sequence[np.ndarray] | np.ndarray, own_AB: np.ndarray) -> np.ndarray:
-    array = np.asarray(arrays)
-    return array.reshape(*own_AB.shape, *array.shape[1:])
+def read_batch(
+    examples: Sequence[Chosen], bucket: Bucket, *, shape_AB: tuple[int, ...], masked: bool
+) -> Batch:
+    """Reads examples of one bucket, A times B of them; raises BadInput where one is damaged.
+
+    Args:
+        examples: in the order of their places.
+        bucket: theirs.
+        shape_AB: micro-batches, and examples of each.
+        masked: whether the batch has masks; an example without one then gets ones.
+    """
+    clips = [one.cache.read(one.clip, caption=one.caption) for one in examples]
+
+    def split(arrays: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        array = np.asarray(arrays)
+        return array.reshape(*shape_AB, *array.shape[1:])
+
+    ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
+    masks = [ones_YX if clip.mask_YX is None else clip.mask_YX for clip in clips]
+    return Batch(
+        split([clip.latents_TYXC for clip in clips]),
+        split(pad_text([clip.text_SE for clip in clips])),
+        split(masks) if masked else None,
+    )
 
 
-def _list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
+def list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
+    """Lists what an epoch over caches, each with its ``num_repeats``, has of each bucket.
+
+    Each entry is a cache, a clip in it and one of its captions, all by number.
+    """
     entries: dict[Bucket, list[np.ndarray]] = {}
     for cache_number, (cache, num_repeats) in enumerate(caches):
         num_captions_N = np.diff(cache.clips.text_end_N, prepend=0)
@@ -243,7 +260,8 @@ def _list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, n
     return {bucket: np.concatenate(some) for bucket, some in entries.items()}
 
 
-def _has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
+def has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
+    """Whether any of these entries has a mask."""
     return any(
         bool(np.any(cache.clips.mask_row_N[entries["clip"][entries["cache"] == number]] != NOWHERE))
         for number, cache in enumerate(caches)

@@ -102,6 +102,18 @@ def place_frozen(
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
 
+def gather_frozen(frozen: Frozen, sharding: Sharding) -> Frozen:
+    """Copies what waits in host memory to the device; to the same values, without streaming."""
+
+    def gather(part: list[Arrays] | Streamed) -> list[Arrays]:
+        if isinstance(part, list):
+            return part
+        on_host = jax.device_put(part.on_host, sharding)
+        return [dict(here) | there for here, there in zip(part.on_device, on_host, strict=True)]
+
+    return frozen._replace(parts=tuple(map(gather, frozen.parts)))
+
+
 def split_seed(seed: int) -> tuple[Array, Array]:
     """Makes a run's two keys: of the adapter's first values and of the examples' draws."""
     lora_key, draw_key = jax.random.split(jax.random.key(seed))
