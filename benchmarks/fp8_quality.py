@@ -41,8 +41,9 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.training.draws import TaskMix, draw_example
 from wan22_jax.training.optimizer import make_optimizer
-from wan22_jax.training.step import draw_example, init_state, split_model
+from wan22_jax.training.step import init_state, split_model
 
 LEAST_COSINE = 0.99
 STD_B = 0.03  # of the B matrices: adapters that add a tenth to what their linear puts out
@@ -147,7 +148,7 @@ def adapter_gradients(dtype: str, args: argparse.Namespace) -> Iterator[dict[str
             jax.random.key(seed),
             sigma_grid=jnp.asarray(sigma_grid()),
             shape_TYXC=latents_NTYXC.shape[1:],
-            i2v_fraction=I2V_FRACTION,
+            tasks=TaskMix(I2V_FRACTION),
         )
         draws = jax.tree.map(lambda leaf: leaf[None], draws)
         loss, gradient = grad_fn(trainable, frozen, latents_NTYXC, text_NSE, draws)

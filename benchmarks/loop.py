@@ -57,6 +57,7 @@ class Watch:
         self._last: tuple[Any, ...] = ()
 
     def __call__(self, state: Any, *rest: Any) -> Any:
+        """Runs the step; when the run has warmed up, the bare steps on a copy come first."""
         if len(self.dispatched_at) == WARM_STEPS:
             self.time_bare_steps(jax.tree.map(jnp.copy, state), *rest)
         start = time.perf_counter()
@@ -181,7 +182,11 @@ def write_cache(folder: Path, card: ModelCard, config: TransformerConfig, bucket
 
 
 def drive(
-    folder: Path, card: ModelCard, config: TransformerConfig, args: argparse.Namespace, bucket: Bucket
+    folder: Path,
+    card: ModelCard,
+    config: TransformerConfig,
+    args: argparse.Namespace,
+    bucket: Bucket,
 ) -> tuple[Watch, list[float]]:
     """Runs wan22-train; returns what was watched and how long each step waited for the loader."""
     num_steps = args.steps + args.steps // 4

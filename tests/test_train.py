@@ -21,6 +21,7 @@ from convert.weights import convert
 from wan22_jax import examples, run_folder, train
 from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
+from wan22_jax.data.batching import make_batching
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
     make_latents_key,
@@ -242,7 +243,7 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     with pytest.raises(Reached):
         train.train(Path("lora.toml"), settings)
     loader = calls["make_loader"]
-    assert (loader["seed"], loader["micro_batch"], loader["accumulation"]) == (7, 1, 3)
+    assert (loader["seed"], loader["batching"]) == (7, make_batching(1, 1, accumulation=3))
     assert calls["load_transformer"]["dtype"] == "float32"
     scales = {linear.lora_scale for _, linear in calls["split_model"][0].lora_targets()}
     assert scales == {6 / 2}
@@ -251,7 +252,8 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
     assert optimizer["weight_decay"] == 0.25
     step = calls["compile_train_step"]
-    assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
+    settings = step[2]
+    assert (settings.tasks.i2v_fraction, settings.activation_checkpointing) == (0.75, True)
     assert calls["place_frozen"]["blocks_to_swap"] == 1
 
 

@@ -37,6 +37,7 @@ from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
+    StepSettings,
     compile_train_step,
     init_state,
     place_frozen,
@@ -150,8 +151,11 @@ def train(
     train_step = compile_train_step(
         graphdef,
         optimizer,
-        i2v_fraction=config.i2v_fraction,
-        activation_checkpointing=config.activation_checkpointing,
+        StepSettings(
+            config.tasks,
+            config.penalty,
+            activation_checkpointing=config.activation_checkpointing,
+        ),
         sharding=sharding,
     )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)
