@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
 from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
-from wan22_jax.toml_table import Table, apply_override, describe_problem, read_toml
+from wan22_jax.toml_file import apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
 ClipMode = Literal["single_beginning", "single_middle", "uniform"]
+
+
+class Table(BaseModel):
+    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Table):

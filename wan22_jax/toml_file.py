@@ -1,4 +1,4 @@
-"""A TOML file as strict tables: what is wrong in it is told with file, key and the nearest name."""
+"""How is a TOML file read and overridden, and what is said of what is wrong in it?"""
 
 import difflib
 import json
@@ -6,15 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from wan22_jax.errors import BadInput
-
-
-class Table(BaseModel):
-    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -48,7 +42,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def describe_problem(table: type[Table], problem: Any) -> str:
+def describe_problem(table: type[BaseModel], problem: Any) -> str:
     """Puts an error of pydantic's into words, with the nearest known key."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -62,11 +56,11 @@ def describe_problem(table: type[Table], problem: Any) -> str:
     return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
 
 
-def _keys(table: type[Table], prefix: str = "") -> list[str]:
+def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in table.model_fields.items():
         keys.append(prefix + name)
         for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, Table):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 keys += _keys(candidate, f"{prefix}{name}.")
     return keys
