@@ -139,12 +139,12 @@ def _range_x(lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def _range_y(lines: Sequence[Line], shown: Sequence[Curve]) -> tuple[float, float]:
-    values = [curve.values_N for curve in shown]
-    for line in lines:
-        if line.raw and len(line.curve.values_N) < _BIG_ENOUGH:
-            values.append(line.curve.values_N)
-        elif line.raw:  # a spike must not flatten all the rest
-            values.append(np.quantile(line.curve.values_N, [0.005, 0.995]))
+    values = []
+    for line, curve in zip(lines, shown, strict=True):
+        drawn_N = line.curve.values_N if line.raw else curve.values_N
+        if len(drawn_N) >= _BIG_ENOUGH and line.smooth:  # a spike must not flatten all the rest
+            drawn_N = np.quantile(drawn_N, [0.005, 0.995])
+        values.append(drawn_N)
     low, high = (float(bound(np.concatenate(values))) for bound in (np.min, np.max))
     # What is all but constant, as memory, is drawn as such.
     margin = max(0.05 * (high - low), 0.02 * abs(high) - (high - low)) or 1.0

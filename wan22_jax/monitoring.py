@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 from wan22_jax.config import TrainConfig, dump_config
-from wan22_jax.data.loader import Loader
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig
 from wan22_jax.training.events import Curve, Session, read_events
@@ -23,7 +22,7 @@ def open_progress(
     config: TrainConfig,
     run_dir: Path,
     *,
-    loader: Loader,
+    steps_per_epoch: int,
     model: TransformerConfig,
     schedule: optax.Schedule,
     first_step: int,
@@ -34,7 +33,7 @@ def open_progress(
     Args:
         config: of the run.
         run_dir: its folder.
-        loader: says how long an epoch is.
+        steps_per_epoch: of the loader.
         model: sizes, for the count of operations.
         schedule: learning rate by steps done.
         first_step: steps that are done.
@@ -49,7 +48,7 @@ def open_progress(
     session = Session(
         started_at=time.time(),
         first_step=first_step,
-        first_epoch=first_step // loader.steps_per_epoch + 1,
+        first_epoch=first_step // steps_per_epoch + 1,
         examples_per_step=per_step if config.x_axis_examples else 0,
         changes=list_changes(earlier[-1].config, text) if earlier else (),
         config=text,
@@ -65,7 +64,7 @@ def open_progress(
     )
     losses_N = curves.get("train/loss", Curve(np.empty(0, int), np.empty(0)))
     is_kept_N = losses_N.steps_N <= first_step  # a kill may have come long after the checkpoint
-    is_of_epoch_N = losses_N.steps_N > (session.first_epoch - 1) * loader.steps_per_epoch
+    is_of_epoch_N = losses_N.steps_N > (session.first_epoch - 1) * steps_per_epoch
     return Progress(
         run_dir,
         session,

@@ -170,7 +170,7 @@ def train(
         progress = open_progress(
             config,
             run_dir,
-            loader=loader,
+            steps_per_epoch=loader.steps_per_epoch,
             model=card.transformer,
             schedule=schedule,
             first_step=first_step,
