@@ -29,6 +29,14 @@ COUNTS = {SMALL: 2, LARGE: 3}  # clips; clip i has i % 3 + 1 captions
 PSEUDO_HUBER = Penalty("pseudo_huber", 0.5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling is most of the time that these tests take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def make_weights():
     model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))
