@@ -160,8 +160,7 @@ def reference(caches):
     ("policy", "swap", "options"),
     [
         (True, 0, {"size": 4, "accumulation": 1}),
-        ("keep_matmuls", 1, {"size": 1}),
-        ("offload_attention", 1, {"size": 3}),
+        ("offload_attention", 1, {"size": 1}),
         ("unsloth", 2, {"gathers_blocks": True}),
     ],
 )
