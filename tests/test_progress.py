@@ -93,6 +93,14 @@ def test_what_is_not_logged_of_a_step_is_averaged_into_the_next(tmp_path):
     assert curves[EPOCH_LOSS] == {1: pytest.approx(11 / 3)}
 
 
+def test_curves_are_on_disk_while_the_run_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "FLUSH_S", 0)
+    with Progress(tmp_path, START, PLAN) as progress:
+        for step in (1, 2):
+            progress.push(report(step, [[2.0]]), new_program=False)
+        assert curves_of(tmp_path)["train/loss"] == {1: 2.0}
+
+
 def test_speeds_belong_together(tmp_path):
     with Progress(tmp_path, START, PLAN) as progress:
         for step in (1, 2, 3):

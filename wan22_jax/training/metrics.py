@@ -301,8 +301,6 @@ class _Losses:
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds a step's examples: "loss_AB", "sigma_AB" and "task_AB"."""
-        if "loss_AB" not in metrics:
-            return
         losses, sigmas, tasks = (
             np.ravel(metrics[f"{name}_AB"]).tolist() for name in ("loss", "sigma", "task")
         )
