@@ -18,7 +18,8 @@ import safetensors.numpy
 from flax import nnx
 
 from convert import export
-from convert.export import export_adapter, write_adapter
+from convert.export import export_adapter
+from wan22_jax import adapter_file
 from wan22_jax.adapter import (
     TARGETS,
     Adapter,
@@ -27,6 +28,7 @@ from wan22_jax.adapter import (
     load_adapter,
     to_comfyui,
 )
+from wan22_jax.adapter_file import write_adapter
 from wan22_jax.checkpoint import open_checkpoints, save_state
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
@@ -270,7 +272,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(
         content[-1] ^= 1
         path.write_bytes(content)
 
-    monkeypatch.setattr(export, "write_adapter", write_flipped)
+    monkeypatch.setattr(adapter_file, "write_adapter", write_flipped)
     with pytest.raises(BadInput, match="reads back differently"):
         export_adapter(run_dir, tmp_path / "lora.safetensors")
     assert not list(tmp_path.iterdir())
@@ -282,7 +284,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def fill(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export.os, "fsync", fill)
+    monkeypatch.setattr(adapter_file.os, "fsync", fill)
     out = tmp_path / "lora.safetensors"
     assert export.main(["--checkpoint", str(run_dir), "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -295,7 +297,8 @@ def test_a_kill_before_the_rename_leaves_no_file_of_that_name(run_dir: Path, tmp
     out = tmp_path / "lora.safetensors"
     script = (
         "import os, signal, sys; from pathlib import Path; import convert.export as export\n"
-        "export._check_equal = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from wan22_jax import adapter_file as file\n"
+        "file._check_equal = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export.export_adapter(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     root = str(Path(__file__).parents[1])

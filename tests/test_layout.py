@@ -45,7 +45,9 @@ LAYERS = [
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
     {"wan22_jax.adapter", "wan22_jax.config"},
-    {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"},
+    {"wan22_jax.dataset", "wan22_jax.training.cadence", "wan22_jax.training.retention"}
+    | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"},
+    {"wan22_jax.run_folder", "wan22_jax.saving"},
     {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
     {"wan22_jax.evaluation", "wan22_jax.report"},
     {"wan22_jax.watch"},

@@ -18,6 +18,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.monitoring import list_changes, open_progress
+from wan22_jax.resuming import Start
 from wan22_jax.training import metrics
 from wan22_jax.training.events import EPOCH_LOSS, EventLog, Session, read_events
 from wan22_jax.training.flops import count_flops
@@ -197,10 +198,10 @@ def open_again(config_file: Path, run_dir: Path, first_step: int, *overrides: st
     return open_progress(
         load_config(config_file, overrides),
         run_dir,
+        Start(first_step),
         steps_per_epoch=3,
         model=TI2V_5B,
         schedule=optax.linear_schedule(1.0, 0.0, 4),
-        first_step=first_step,
         total_steps=6,
     )
 

@@ -73,9 +73,12 @@ def test_xla_knows_its_flags_and_the_users_win(monkeypatch):
         "--xla_gpu_experimental_parallel_async_compute_limit=64",
     ]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    assert "deterministic" not in os.environ["XLA_FLAGS"]
     monkeypatch.delenv("XLA_FLAGS")
-    claim_gpu()
-    assert "--xla_gpu_dot_merger_threshold_mb=0" in os.environ["XLA_FLAGS"].split()
+    claim_gpu(deterministic=True)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert "--xla_gpu_dot_merger_threshold_mb=0" in flags
+    assert "--xla_gpu_deterministic_ops=true" in flags
     compile_once()
 
 

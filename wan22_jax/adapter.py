@@ -13,8 +13,9 @@ bijection: a name that it does not produce is an error, and so is one that it mi
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +70,25 @@ def load_adapter(path: Path, *, step: int | None = None, base_digest: str | None
             "use the model folder that it was trained with"
         )
     return adapter
+
+
+def make_adapter(matrices: dict[str, np.ndarray], meta: dict[str, Any], *, source: str) -> Adapter:
+    """Makes the adapter that a run has trained; ``meta`` is that of a checkpoint of it."""
+    return Adapter(
+        matrices,
+        rank=meta["rank"],
+        alpha=float(meta["alpha"]),
+        metadata={
+            "format": "pt",
+            "base_model": BASE_MODEL,
+            "base_digest": meta["base_digest"],
+            "rank": str(meta["rank"]),
+            "alpha": str(meta["alpha"]),
+            "step": str(meta["step"]),
+            "config": json.dumps(meta["config"]),
+        },
+        source=source,
+    )
 
 
 def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float = 1.0) -> None:
@@ -170,21 +190,10 @@ def _read_file(path: Path) -> Adapter:
 
 def _read_checkpoint(path: Path, step: int | None) -> Adapter:
     matrices, meta = read_trainable(path, step)
-    adapter = Adapter(matrices, meta["rank"], float(meta["alpha"]), metadata={}, source=str(path))
+    adapter = make_adapter(matrices, meta, source=str(path))
     # The same checks as for a file: a checkpoint of another kind of training must not pass.
     from_comfyui(to_comfyui(adapter), metadata={}, source=str(path))
-    return replace(
-        adapter,
-        metadata={
-            "format": "pt",
-            "base_model": BASE_MODEL,
-            "base_digest": meta["base_digest"],
-            "rank": str(meta["rank"]),
-            "alpha": str(meta["alpha"]),
-            "step": str(meta["step"]),
-            "config": json.dumps(meta["config"]),
-        },
-    )
+    return adapter
 
 
 _Layers = dict[str, dict[int, dict[str, np.ndarray]]]  # target, layer, "lora_A.weight" and so on

@@ -1,11 +1,23 @@
-"""Training state on disk: Orbax checkpoints of the adapter, the optimizer and where the run is.
+"""Training state on disk: Orbax checkpoints of what trains, the optimizer and where the run is.
 
-A run folder holds ``checkpoints/<step>/`` with the items ``trainable`` (path -> array),
-``opt_state`` (path -> array) and ``meta`` (JSON). The frozen base is never in it; its digest is.
+A run folder holds ``checkpoints/<step>/`` with the items ``trainable``, ``opt_state`` and, where
+there is one, ``ema`` (each path -> array), and ``meta.json``: what is known of the run, and size
+and checksum of every file. The frozen base is never in it; its digest is.
+
+A checkpoint is written beside its name and renamed when all of it is on disk; it is renamed before
+it is removed. So a folder named after a step is complete, unless the disk has lost some of it, and
+that the checksums tell.
 """
 
+import contextlib
+import fcntl
+import json
+import logging
+import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,94 +30,266 @@ from flax import nnx
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.training.step import TrainState
 
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
+_META = "meta.json"
+_UNFINISHED, _REMOVED, _DAMAGED = ".unfinished", ".removed", ".damaged"
 _SPARE_BYTES = 2**20  # for metadata, and for the logs until the next checkpoint
-_FULL_DISK_REMEDY = (
+FULL_DISK_REMEDY = (
     "free some space, then go on from the last complete checkpoint with --resume_from_checkpoint"
 )
+log = logging.getLogger(__name__)
+
+
+class FullDisk(BadInput):
+    """There is no room for a checkpoint; those before it are as they were."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved in the background one at a time.
+
+    Attributes:
+        directory: where they lie.
+        last: the newest complete one that this object knows of, None without any.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.last = max(list_steps(directory), default=None)
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self._under_way: Future[int] | None = None
+
+    def save(
+        self, state: TrainState, meta: dict[str, Any], *, prune: Callable[[], None] | None = None
+    ) -> None:
+        """Starts saving, when what is being saved is on disk.
+
+        Args:
+            state: copied before this returns.
+            meta: goes with it, and version, step and what arrays there are.
+            prune: called in the background once the checkpoint is complete.
+
+        Raises:
+            FullDisk: there is no room, or there was none for the save before this one.
+        """
+        self.wait()
+        step, items = int(state.step), _name_arrays(state)
+        needed = sum(array.nbytes for arrays in items.values() for array in arrays.values())
+        free = shutil.disk_usage(self.directory).free
+        if free < needed + _SPARE_BYTES:
+            raise FullDisk(
+                f"{self.directory / str(step)}: a checkpoint takes {needed / 1e6:,.1f} MB, the "
+                f"disk has {free / 1e6:,.1f} MB free"
+            )
+        arrays = {name: _describe_arrays(item) for name, item in items.items()}
+        meta = {"version": VERSION, "step": step, **meta, "arrays": arrays}
+        unfinished = self.directory / f"{step}{_UNFINISHED}"
+        if self._checkpointer is None:
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with self._explain_full_disk():
+            self._checkpointer.save(unfinished, args=ocp.args.Composite(**saved))
+        self._under_way = self._worker.submit(
+            self._complete, self._checkpointer, unfinished, step, meta, prune
+        )
+
+    def check(self) -> None:
+        """Raises FullDisk if a save has failed since the last call; does not wait for one."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def describe_last(self) -> str:
+        """Says which checkpoint the run can go on from; waits for one that is under way."""
+        with contextlib.suppress(FullDisk):
+            self.wait()
+        if self.last is None:
+            return "there is no checkpoint to go on from"
+        return f"the last good checkpoint is {self.directory / str(self.last)}"
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises FullDisk if it failed."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            with self._explain_full_disk():
+                self.last = under_way.result()
+
+    def close(self) -> None:
+        """Waits for the save under way, whatever becomes of it."""
+        self._worker.shutdown()
+        self._drop_checkpointer()
+
+    def _complete(
+        self,
+        checkpointer: ocp.AsyncCheckpointer,
+        unfinished: Path,
+        step: int,
+        meta: dict[str, Any],
+        prune: Callable[[], None] | None,
+    ) -> int:
+        checkpointer.wait_until_finished()
+        files = {
+            str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)]
+            for path in sorted(unfinished.rglob("*"))
+            if path.is_file()
+        }
+        (unfinished / _META).write_text(json.dumps(meta | {"files": files}), "utf-8")
+        complete = self.directory / str(step)
+        if complete.exists():
+            _remove(complete)
+        unfinished.rename(complete)
+        if prune is not None:
+            prune()
+        return step
+
+    @contextmanager
+    def _explain_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError only
+            self._drop_checkpointer()  # its threads may have died
+            _remove_unfinished(self.directory)
+            if not is_full_disk(error):
+                raise
+            raise FullDisk(f"{self.directory}: the disk filled up") from error
+
+    def _drop_checkpointer(self) -> None:
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is not None:
+            try:
+                checkpointer.close()
+            except (OSError, ValueError) as error:  # of the save that failed, told again
+                log.debug("%s", error)
 
 
 @contextmanager
-def open_checkpoints(run_dir: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens the run's checkpoints for saving and restoring; saves are asynchronous and atomic.
+def open_checkpoints(run_dir: Path) -> Iterator[Checkpoints]:
+    """Opens the run's checkpoints for saving; what is under way at the end is waited for.
 
     What a killed run left half-written goes first, and so does what is half-written at the end.
 
     Raises:
-        BadInput: the disk filled up inside of this context.
+        FullDisk: the last save failed.
+        BadInput: another process has them open, or the disk filled up inside of this context.
     """
     folder = (run_dir / FOLDER).absolute()
     folder.mkdir(exist_ok=True)
-    _remove_unfinished(folder)
+    lock = os.open(folder, os.O_RDONLY)  # the kernel lets go of it when the process ends
     try:
-        with _manager(folder) as manager:
-            yield manager
-            manager.wait_until_finished()
-    except (OSError, ValueError) as error:  # TensorStore raises ValueError only
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BadInput(
+            f"{run_dir}: another process is training this run; wait for it, or end it first"
+        ) from None
+    except OSError as error:  # some network disks have no locks
+        log.debug("%s: cannot be locked (%s)", folder, error)
+    _remove_unfinished(folder)
+    checkpoints = Checkpoints(folder)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    except OSError as error:
         if not is_full_disk(error):
             raise
-        raise BadInput(f"{folder}: the disk filled up; {_FULL_DISK_REMEDY}") from error
+        raise BadInput(f"{folder}: the disk filled up; {FULL_DISK_REMEDY}") from error
     finally:
+        checkpoints.close()
         _remove_unfinished(folder)
+        os.close(lock)
 
 
-def save_state(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts saving; ``meta`` gets the version and the step; BadInput if the disk is too small."""
-    step = int(state.step)
-    trainable, opt_state = flatten_state(state.trainable), _flatten_tree(state.opt_state)
-    manager.wait_until_finished()  # what is still being written takes space too
-    needed = sum(array.nbytes for array in [*trainable.values(), *opt_state.values()])
-    free = shutil.disk_usage(manager.directory).free
-    if free < needed + _SPARE_BYTES:
-        raise BadInput(
-            f"{manager.directory / str(step)}: a checkpoint takes {needed / 1e6:,.1f} MB, the disk "
-            f"has {free / 1e6:,.1f} MB free; {_FULL_DISK_REMEDY}"
-        )
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            trainable=ocp.args.StandardSave(trainable),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave({"version": VERSION, "step": step, **meta}),
-        ),
-    )
+def save_state(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts saving, see ``Checkpoints.save``."""
+    checkpoints.save(state, meta)
 
 
 def restore_state(
-    manager: ocp.CheckpointManager, like: TrainState
+    checkpoints: Checkpoints,
+    like: TrainState,
+    *,
+    step: int | None = None,
+    with_optimizer: bool = True,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Restores the newest checkpoint into the shapes, dtypes and shardings of ``like``."""
-    step = manager.latest_step()
+    """Restores a checkpoint into the shapes, dtypes and shardings of ``like``.
+
+    Args:
+        checkpoints: of the run.
+        like: the state before the first step.
+        step: which one; the newest if left out.
+        with_optimizer: False keeps the optimizer state of ``like``.
+
+    Raises:
+        BadInput: there is none, or what it holds does not fit.
+    """
+    step = max(list_steps(checkpoints.directory), default=None) if step is None else step
     if step is None:
-        raise BadInput(f"{manager.directory}: holds no checkpoint to resume from")
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            trainable=ocp.args.StandardRestore(_abstract(flatten_state(like.trainable))),
-            opt_state=ocp.args.StandardRestore(_abstract(_flatten_tree(like.opt_state))),
-            meta=ocp.args.JsonRestore(),
-        ),
-    )
-    trainable = nnx.from_flat_state(
-        [
-            (path, leaf.replace(restored["trainable"][_join(path)]))
-            for path, leaf in nnx.to_flat_state(like.trainable)
-        ]
-    )
-    opt_state = jax.tree.unflatten(
-        jax.tree.structure(like.opt_state),
-        [restored["opt_state"][name] for name in _flatten_tree(like.opt_state)],
-    )
+        raise BadInput(f"{checkpoints.directory}: holds no checkpoint to resume from")
+    folder = checkpoints.directory / str(step)
+    meta = read_meta(folder)
+    wanted = _name_arrays(like)
+    if not with_optimizer:
+        del wanted["opt_state"]
+    if "ema" not in meta["arrays"] and wanted.pop("ema", None) is not None:
+        log.warning("%s: has no average of the weights (EMA); it starts from them", folder)
+    for name, arrays in wanted.items():
+        _check_fit(folder, name, meta["arrays"][name], _describe_arrays(arrays))
+    arguments = {
+        name: ocp.args.StandardRestore(
+            {
+                path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+                for path, array in arrays.items()
+            }
+        )
+        for name, arrays in wanted.items()
+    }
+    restored = _read(folder, arguments)
+    fields = {name: _rebuild(getattr(like, name), arrays) for name, arrays in restored.items()}
+    average = like._asdict().get("ema")
+    if average is not None and "ema" not in fields:
+        fields["ema"] = jax.tree.map(lambda _, new: new.copy(), average, fields["trainable"])
     count = jax.device_put(np.int32(step), like.step.sharding)
-    return TrainState(count, trainable, opt_state), restored["meta"]
+    return like._replace(step=count, **fields), meta
 
 
-def read_meta(run_dir: Path) -> dict[str, Any]:
-    """Reads the newest checkpoint's meta without its arrays."""
-    with _manager(run_dir / FOLDER) as manager:
-        step = manager.latest_step()
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """Reads what a checkpoint's folder says of its run, without its arrays.
+
+    Raises:
+        BadInput: it was written by another version, or is damaged.
+    """
+    try:
+        meta = json.loads((checkpoint / _META).read_text("utf-8"))
+        version = meta["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{checkpoint}: is damaged ({_META}: {error})") from None
+    if version != VERSION:
+        raise BadInput(f"{checkpoint}: checkpoint version {version}, expected {VERSION}")
+    return meta
+
+
+def find_damage(checkpoint: Path, *, items: tuple[str, ...] = ()) -> str | None:
+    """Compares a checkpoint's files with their sizes and checksums; says what is wrong, or None.
+
+    Args:
+        checkpoint: the folder of one step.
+        items: look at these alone.
+    """
+    try:
+        files = read_meta(checkpoint)["files"]
+    except BadInput as error:
+        return str(error)
+    for name, (size, checksum) in files.items():
+        path = checkpoint / name
+        if items and name.partition("/")[0] not in items:
+            continue
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, {size} were written"
+        if _checksum(path) != checksum:
+            return f"{path} has other bytes than were written"
+    return None
 
 
 def read_trainable(
@@ -118,24 +302,22 @@ def read_trainable(
         step: which checkpoint; the newest if left out.
 
     Raises:
-        BadInput: there is no such checkpoint, or it was written by another version.
+        BadInput: there is no such checkpoint, it was written by another version, or is damaged.
     """
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if not _holds_checkpoint(folder):
+    steps = sorted(list_steps(folder))
+    if not steps:
         raise BadInput(f"{path}: holds no checkpoint; give a run folder made by wan22-train")
-    with _manager(folder) as manager:
-        steps = sorted(manager.all_steps())
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise BadInput(f"{folder}: has no checkpoint of step {step}; it has {steps}")
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["version"] != VERSION:
-            raise BadInput(f"{folder}: checkpoint version {meta['version']}, expected {VERSION}")
-        saved = manager.restore(
-            step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore())
-        )["trainable"]
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise BadInput(f"{folder}: has no checkpoint of step {step}; it has {steps}")
+    meta = read_meta(folder / str(step))
+    damage = find_damage(folder / str(step), items=("trainable",))
+    if damage is not None:
+        raise BadInput(f"{damage}; choose another checkpoint with --step, there are {steps}")
+    saved = _read(folder / str(step), {"trainable": ocp.args.StandardRestore()})["trainable"]
     return {name: np.asarray(array) for name, array in saved.items()}, meta
 
 
@@ -147,16 +329,28 @@ def find_run(output_dir: Path, name: str | None) -> Path:
     """
     if name is not None:
         for run_dir in (output_dir / name, Path(name)):
-            if _holds_checkpoint(run_dir / FOLDER):
+            if list_steps(run_dir / FOLDER):
                 return run_dir
         raise BadInput(
             f"{output_dir / name}: is not a run folder with checkpoints; leave the name out to "
             "resume the newest run, or start one without the flag"
         )
-    runs = sorted(path.parent for path in output_dir.glob(f"*/{FOLDER}") if _holds_checkpoint(path))
+    runs = sorted(path.parent for path in output_dir.glob(f"*/{FOLDER}") if list_steps(path))
     if not runs:
         raise BadInput(f"{output_dir}: holds no run to resume from; start one without the flag")
     return runs[-1]
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Lists the steps of the complete checkpoints in a ``checkpoints`` folder."""
+    if not folder.is_dir():
+        return []
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
+
+
+def remove_checkpoint(folder: Path, step: int) -> None:
+    """Removes a checkpoint; a kill in between leaves nothing that looks like one."""
+    _remove(folder / str(step))
 
 
 def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
@@ -164,22 +358,69 @@ def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(create=False),
-        item_names=("trainable", "opt_state", "meta"),
+def _name_arrays(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """The items of a state but for its step: path -> array of each that there is."""
+    return {
+        name: flatten_state(value) if isinstance(value, nnx.State) else _flatten_tree(value)
+        for name, value in state._asdict().items()
+        if name != "step" and value is not None
+    }
+
+
+def _rebuild(like: Any, arrays: dict[str, jax.Array]) -> Any:
+    if isinstance(like, nnx.State):
+        return nnx.from_flat_state(
+            [(path, leaf.replace(arrays[_join(path)])) for path, leaf in nnx.to_flat_state(like)]
+        )
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [arrays[name] for name in _flatten_tree(like)]
     )
 
 
-def _holds_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+def _check_fit(folder: Path, item: str, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    differing = [name for name in sorted(saved | wanted) if saved.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        remedy = (
+            "resume with the original [optimizer] or add --reset_optimizer"
+            if item == "opt_state"
+            else "resume with the original config or start a new run"
+        )
+        raise BadInput(
+            f"{folder / item}: does not fit the config, {len(differing)} arrays differ ({name}: "
+            f"saved {saved.get(name, 'not at all')}, expected {wanted.get(name, 'none')}); {remedy}"
+        )
+
+
+def _read(folder: Path, arguments: dict[str, ocp.args.StandardRestore]) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder.absolute(), ocp.args.Composite(**arguments))
+        return {name: restored[name] for name in arguments}
+
+
+def _describe_arrays(arrays: dict[str, jax.Array]) -> dict[str, str]:
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _remove(folder: Path) -> None:
+    removed = folder.with_name(f"{folder.name}{_REMOVED}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _remove_unfinished(folder: Path) -> None:
-    # Orbax's own cleaning runs in the background, and prints a traceback where the program ends.
-    for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)  # a save that was interrupted may still run
+    for pattern in (f"*{_UNFINISHED}*", f"*{_REMOVED}", "*.orbax-checkpoint-tmp"):
+        for unfinished in folder.glob(pattern):
+            shutil.rmtree(unfinished, ignore_errors=True)  # an interrupted save may still run
 
 
 def _join(path: tuple) -> str:
@@ -189,10 +430,3 @@ def _join(path: tuple) -> str:
 def _flatten_tree(tree: Any) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _abstract(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-        for name, array in arrays.items()
-    }

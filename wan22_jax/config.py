@@ -22,6 +22,7 @@ from wan22_jax.training.draws import TaskMix
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
+SaveDtype = Literal["float32", "float16", "bfloat16", "float8", "float8_e4m3fn", "float8_e5m2"]
 ClipMode = Literal["single_beginning", "single_middle", "uniform"]
 
 
@@ -126,7 +127,12 @@ class TrainConfig(Table):
     text-to-video, in twice the time.
 
     ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
-    all if there are fewer, keep their frozen weights in host memory.
+    all if there are fewer, keep their frozen weights in host memory. ``save_every_*`` writes the
+    adapter as ``save_dtype``, ``checkpoint_every_*`` the training state; of those all stay, or the
+    last ``keep_last_n_checkpoints``, those of multiples of ``keep_every_n_steps`` and, with
+    ``keep_best_checkpoint``, the one of lowest evaluation loss. A step whose
+    loss or gradient is not finite ends the run, or changes nothing with ``skip_nonfinite_steps``.
+    ``deterministic`` has a GPU compute the same bits every time, at some cost.
     """
 
     output_dir: str
@@ -166,6 +172,13 @@ class TrainConfig(Table):
     checkpoint_every_n_steps: int | None = Field(None, ge=1)
     checkpoint_every_n_epochs: int | None = Field(None, ge=1)
     checkpoint_every_n_minutes: float | None = Field(None, gt=0)
+    save_every_n_examples: int | None = Field(None, ge=1)
+    save_dtype: SaveDtype | None = None
+    keep_last_n_checkpoints: int | None = Field(None, ge=1)
+    keep_every_n_steps: int | None = Field(None, ge=1)
+    keep_best_checkpoint: bool = False
+    skip_nonfinite_steps: bool = False
+    deterministic: bool = False
     resume_from_checkpoint: bool | str = False
     logging_steps: int = Field(1, ge=1)
     steps_per_print: int | None = Field(None, ge=1)
@@ -181,8 +194,6 @@ class TrainConfig(Table):
     partition_split: list[int] | None = None
     reentrant_activation_checkpointing: bool | None = None
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
-    save_every_n_examples: Any = None
-    save_dtype: Any = None
     lr_scheduler: Any = None
     force_constant_lr: Any = None
     pipeline_stages: Any = None
@@ -247,7 +258,7 @@ class TrainConfig(Table):
     @property
     def penalties(self) -> list[Penalty]:
         """Those that were asked for; ``load_config`` refuses more than one."""
-        asked = {
+        asked: dict[Literal["huber", "smooth_l1", "pseudo_huber"], float | None] = {
             "huber": self.huber_delta,
             "smooth_l1": self.smooth_l1_beta,
             "pseudo_huber": self.pseudo_huber_c,
@@ -325,8 +336,10 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
     "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),
     "adapter.init_from_existing": ((None,), f"starting from an existing LoRA {_LATER_VERSION}"),
-    "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
-    "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
+    "save_dtype": (
+        (None, "float32", "float16", "bfloat16"),
+        "rounds a LoRA's small weights to two or three bits; use 'bfloat16'",
+    ),
     "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
     "force_constant_lr": ((None,), "the schedule is constant; set lr"),
     "pipeline_stages": ((None, 1), _DEEPSPEED),

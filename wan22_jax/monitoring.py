@@ -13,6 +13,7 @@ import optax
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig
+from wan22_jax.resuming import Start
 from wan22_jax.training.events import Curve, Session, read_events
 from wan22_jax.training.metrics import Plan, Progress
 from wan22_jax.training.wandb_log import WandbLog
@@ -21,11 +22,11 @@ from wan22_jax.training.wandb_log import WandbLog
 def open_progress(
     config: TrainConfig,
     run_dir: Path,
+    start: Start,
     *,
     steps_per_epoch: int,
     model: TransformerConfig,
     schedule: optax.Schedule,
-    first_step: int,
     total_steps: int,
 ) -> Progress:
     """Opens what a session reports through; what earlier sessions said of the epoch is read.
@@ -33,10 +34,10 @@ def open_progress(
     Args:
         config: of the run.
         run_dir: its folder.
+        start: where the session goes on.
         steps_per_epoch: of the loader.
         model: sizes, for the count of operations.
         schedule: learning rate by steps done.
-        first_step: steps that are done.
         total_steps: steps after which the run ends.
 
     Raises:
@@ -47,8 +48,8 @@ def open_progress(
     per_step = config.micro_batch * config.gradient_accumulation_steps
     session = Session(
         started_at=time.time(),
-        first_step=first_step,
-        first_epoch=first_step // steps_per_epoch + 1,
+        first_step=start.step,
+        first_epoch=(start.step + start.data_offset) // steps_per_epoch + 1,
         examples_per_step=per_step if config.x_axis_examples else 0,
         changes=list_changes(earlier[-1].config, text) if earlier else (),
         config=text,
@@ -59,12 +60,14 @@ def open_progress(
         logging_steps=config.logging_steps,
         steps_per_print=config.steps_per_print,
         model=model,
-        lr_N=_list_rates(schedule, first_step, total_steps),
+        lr_N=_list_rates(schedule, start, total_steps),
         trains_weights=config.adapter is None,
+        skips_nonfinite=config.skip_nonfinite_steps,
     )
     losses_N = curves.get("train/loss", Curve(np.empty(0, int), np.empty(0)))
-    is_kept_N = losses_N.steps_N <= first_step  # a kill may have come long after the checkpoint
-    is_of_epoch_N = losses_N.steps_N > (session.first_epoch - 1) * steps_per_epoch
+    is_kept_N = losses_N.steps_N <= start.step  # a kill may have come long after the checkpoint
+    before_epoch = (session.first_epoch - 1) * steps_per_epoch - start.data_offset
+    is_of_epoch_N = losses_N.steps_N > before_epoch
     return Progress(
         run_dir,
         session,
@@ -75,9 +78,9 @@ def open_progress(
     )
 
 
-def _list_rates(schedule: optax.Schedule, first_step: int, total_steps: int) -> np.ndarray:
+def _list_rates(schedule: optax.Schedule, start: Start, total_steps: int) -> np.ndarray:
     # All at once: a schedule computes on the device, where it would wait for the step under way.
-    steps_N = jnp.arange(first_step, max(first_step, total_steps))
+    steps_N = jnp.arange(start.step, max(start.step, total_steps)) - start.schedule_start
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(steps_N))
 
 

@@ -1,23 +1,42 @@
-"""Where does a run keep its things, and may it go on with those of an earlier one?"""
+"""Where does a run keep its things, and may it go on with those of an earlier one?
+
+A run folder is named after the time, in UTC, at which the run started::
+
+    <output_dir>/20261122_19-53-16/
+      <config>.toml  <dataset>.toml   as the run started
+      epochN/  stepN/                 exported adapters, each with the config
+      checkpoints/<step>/             training state
+      events.out.tfevents.*           curves
+      save  save_quit                 made by a user, see ``stopping``
+"""
 
 import logging
 import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from wan22_jax.checkpoint import find_run, read_meta
-from wan22_jax.config import TrainConfig, dump_config
+from wan22_jax.checkpoint import find_run
+from wan22_jax.config import TrainConfig, dump_config, load_dataset
 from wan22_jax.data.loader import Loader
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import ModelCard
+from wan22_jax.resuming import NOTHING, Reset, Start, choose_checkpoint, choose_start, list_changes
 
 log = logging.getLogger(__name__)
 
 
+class Run(NamedTuple):
+    """A run's folder, where in the run to start, and what its checkpoints say of it."""
+
+    folder: Path
+    start: Start
+    meta: dict[str, Any]
+
+
 def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
-    """Makes what every checkpoint of the run says of it, beside its step."""
+    """Makes what every checkpoint of the run says of it, beside its step and start."""
     assert config.adapter is not None  # load_config refuses the rest
     rank = config.adapter.rank
     return {
@@ -27,34 +46,48 @@ def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[s
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
         "config": config.model_dump(exclude_none=True),
+        "dataset": load_dataset(Path(config.dataset)).model_dump(exclude_none=True),
     }
 
 
 def open_run(
-    config: TrainConfig, config_file: Path, *, resume: bool | str, meta: dict[str, Any]
-) -> Path:
-    """Makes a new run folder with its configs, or returns the one to resume.
+    config: TrainConfig,
+    config_file: Path,
+    *,
+    resume: bool | str,
+    meta: dict[str, Any],
+    reset: Reset = NOTHING,
+) -> Run:
+    """Makes a new run folder with its configs, or opens the one to resume.
 
     Raises:
-        BadInput: there is nothing to resume, or it was trained on another base or adapter shape.
+        BadInput: there is nothing to resume, no checkpoint is sound, or it was trained on another
+            base or adapter shape.
     """
     output_dir = Path(config.output_dir)
     if not resume:
-        run_dir = make_run_dir(output_dir)
-        (run_dir / config_file.name).write_text(dump_config(config), "utf-8")
-        shutil.copy(config.dataset, run_dir)
-        return run_dir
-    run_dir = find_run(output_dir, resume if isinstance(resume, str) else None)
-    saved = read_meta(run_dir)
-    for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
-        if saved[name] != meta[name]:
+        if any(reset):
             raise BadInput(
-                f"{run_dir}: was trained with {what} {saved[name]}, the config has {meta[name]}; "
-                "resume with the original or start a new run"
+                "--reset_optimizer, --reset_optimizer_params and --reset_dataloader say how a run "
+                "goes on; add --resume_from_checkpoint"
             )
-    for change in _list_changes(saved, meta):
-        log.info("changed since the checkpoint: %s", change)
-    return run_dir
+        folder, start = make_run_dir(output_dir), Start()
+        (folder / config_file.name).write_text(dump_config(config), "utf-8")
+        shutil.copy(config.dataset, folder)
+    else:
+        folder = find_run(output_dir, resume if isinstance(resume, str) else None)
+        saved = choose_checkpoint(folder)
+        for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
+            if saved[name] != meta[name]:
+                raise BadInput(
+                    f"{folder}: was trained with {what} {saved[name]}, the config has "
+                    f"{meta[name]}; resume with the original or start a new run"
+                )
+        for change in list_changes(saved, meta):
+            log.info("changed since the checkpoint: %s", change)
+        start = choose_start(saved, steps_per_epoch=meta["steps_per_epoch"], reset=reset)
+    progress = {"data_offset": start.data_offset, "schedule_start": start.schedule_start}
+    return Run(folder, start, meta | progress)
 
 
 def make_run_dir(output_dir: Path) -> Path:
@@ -67,20 +100,3 @@ def make_run_dir(output_dir: Path) -> Path:
             time.sleep(0.1)
         else:
             return run_dir
-
-
-def _list_changes(saved: dict[str, Any], meta: dict[str, Any]) -> list[str]:
-    before, now = _flatten(saved), _flatten(meta)
-    return [
-        f"{name} {before.get(name)} -> {now.get(name)}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name) and name not in ("step", "version")
-    ]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat

@@ -19,6 +19,7 @@ _XLA_FLAGS = {
     # Copies under way at a time: more than two blocks have.
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }
+_DETERMINISTIC = "xla_gpu_deterministic_ops"
 
 
 def make_mesh() -> Mesh:
@@ -31,8 +32,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def claim_gpu() -> None:
+def claim_gpu(*, deterministic: bool = False) -> None:
     """Sets XLA up for a GPU that is ours alone; the user's own environment variables win.
+
+    ``deterministic``: the same bits in every run, by kernels that add in a fixed order and are
+    not chosen by measuring them.
 
     Before the first array is made. JAX would limit itself to three quarters of the memory;
     autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
@@ -42,7 +46,8 @@ def claim_gpu() -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
-    for name, value in _XLA_FLAGS.items():
+    wanted = _XLA_FLAGS | ({_DETERMINISTIC: "true"} if deterministic else {})
+    for name, value in wanted.items():
         if name not in flags:
             flags = f"{flags} --{name}={value}"
     os.environ["XLA_FLAGS"] = flags.strip()

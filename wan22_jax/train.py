@@ -7,13 +7,12 @@ its checkpoint as if it had not: the step number is all that has to be known.
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
+from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
 from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
@@ -25,7 +24,9 @@ from wan22_jax.model_folder import (
     read_model_card,
 )
 from wan22_jax.monitoring import open_progress
+from wan22_jax.resuming import NOTHING, Reset, resume_state
 from wan22_jax.run_folder import describe_run, open_run
+from wan22_jax.saving import Saver, name_checkpoint
 from wan22_jax.sharding import (
     claim_gpu,
     describe_peak_memory,
@@ -33,10 +34,12 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
-from wan22_jax.training.cadence import eval_is_due, is_due
+from wan22_jax.stopping import listen
+from wan22_jax.training.cadence import Cadence
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
+from wan22_jax.training.retention import make_retention
 from wan22_jax.training.step import (
     StepSettings,
     compile_train_step,
@@ -63,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RUN",
         help="go on with a run: its folder's name, or the newest run if left out",
     )
+    for flag, what in (
+        ("optimizer", "go on with fresh moments and a fresh schedule of the learning rate"),
+        ("optimizer_params", "go on with the moments, but restart the schedule"),
+        ("dataloader", "go on from the start of the epoch"),
+    ):
+        parser.add_argument(f"--reset_{flag}", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys")
     args = parser.parse_intermixed_args(argv)
     logger = logging.getLogger("wan22_jax")
@@ -78,11 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides, resume = args.overrides, args.resume_from_checkpoint
     if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
         overrides, resume = [resume, *overrides], True
-    return run_command(lambda: train(args.config, overrides, resume=resume))
+    reset = Reset(args.reset_optimizer, args.reset_optimizer_params, args.reset_dataloader)
+    return run_command(lambda: train(args.config, overrides, resume=resume, reset=reset))
 
 
 def train(
-    config_file: Path, overrides: Sequence[str] = (), *, resume: bool | str | None = None
+    config_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool | str | None = None,
+    reset: Reset = NOTHING,
 ) -> Path:
     """Trains as the config says; returns the run folder.
 
@@ -90,13 +104,15 @@ def train(
         config_file: the main TOML.
         overrides: ``key.path=value`` strings.
         resume: a run's name, True for the newest; None leaves it to the config.
+        reset: what starts anew where a run goes on.
 
     Raises:
-        BadInput: config, model, cache and checkpoint do not fit together, or memory runs out.
+        BadInput: config, model, cache and checkpoint do not fit together, memory runs out, or
+            what was trained cannot be saved.
     """
-    claim_gpu()  # before Orbax reads a checkpoint's meta, which may start JAX's backend
-    keep_compiled()
     config = load_config(config_file, overrides)
+    claim_gpu(deterministic=config.deterministic)  # before anything starts JAX's backend
+    keep_compiled()
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)
     card = read_model_card(model_folder)
@@ -113,9 +129,15 @@ def train(
     eval_sets = open_eval_sets(config, card)
     for name, examples in eval_sets.items():
         log.info("evaluation set %s: %d examples", name, len(examples))
-    total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
+    cadence = Cadence(
+        config, examples_per_step=config.micro_batch * config.gradient_accumulation_steps
+    )
+    retention = make_retention(config)
     meta = describe_run(config, card, loader)
-    run_dir = open_run(config, config_file, resume=resume, meta=meta)
+    run = open_run(config, config_file, resume=resume, meta=meta, reset=reset)
+    first_step, offset = run.start.step, run.start.data_offset
+    epochs_end = config.epochs * loader.steps_per_epoch - offset
+    total_steps = min(epochs_end, config.max_steps or sys.maxsize)
 
     plan = MemoryPlan(
         dtype,
@@ -159,6 +181,7 @@ def train(
             config.tasks,
             config.penalty,
             activation_checkpointing=config.activation_checkpointing,
+            skip_nonfinite=config.skip_nonfinite_steps,
         ),
         sharding=sharding,
     )
@@ -167,29 +190,33 @@ def train(
     )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)
 
-    with open_checkpoints(run_dir) as checkpoints:
+    with open_checkpoints(run.folder) as checkpoints:
         if resume:
-            state, _ = restore_state(checkpoints, state)
-        first_step = int(state.step)
-        log.info("run %s: %d steps done, of %d", run_dir, first_step, total_steps)
+            state = resume_state(checkpoints, state, step=first_step, reset=reset)
+        log.info("run %s: %d steps done, of %d", run.folder, first_step, total_steps)
         if first_step >= total_steps:
             log.info("nothing is left to do; raise epochs or max_steps to train on")
         progress = open_progress(
             config,
-            run_dir,
+            run.folder,
+            run.start,
             steps_per_epoch=loader.steps_per_epoch,
             model=card.transformer,
             schedule=schedule,
-            first_step=first_step,
             total_steps=total_steps,
         )
-        saved_at, saved_step = time.monotonic(), first_step
+        saver = Saver(checkpoints, config, config_file.name, run.meta, retention, say=progress.say)
+        done = first_step
         grids: dict[Bucket, jax.Array] = {}
-        with progress:
+        with (
+            progress,
+            name_checkpoint(checkpoints),
+            listen(run.folder) as wishes,
+        ):
             if evaluator and config.eval_before_first_step and not resume:
                 evaluate(evaluator, state, progress, first_step)
             for step, item in zip(
-                range(first_step, total_steps), loader.iterate(first_step), strict=False
+                range(first_step, total_steps), loader.iterate(first_step + offset), strict=False
             ):
                 is_new = item.bucket not in grids
                 if is_new:
@@ -197,23 +224,30 @@ def train(
                 batch = jax.device_put(item.batch, sharding)
                 with explain_exhaustion(plan, item.bucket):
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
-                    done, epoch = step + 1, step // loader.steps_per_epoch + 1
-                    ends_epoch = done % loader.steps_per_epoch == 0
+                    done, epoch = step + 1, (step + offset) // loader.steps_per_epoch + 1
+                    ends_epoch = (done + offset) % loader.steps_per_epoch == 0
                     progress.push(
                         StepReport(done, epoch, ends_epoch, item.bucket, metrics, item.clips),
                         new_program=is_new,
                     )
-                if evaluator and eval_is_due(config, done, epoch, ends_epoch):
-                    evaluate(evaluator, state, progress, done)
-                minutes = (time.monotonic() - saved_at) / 60
-                if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
-                    progress.flush()
-                    save_state(checkpoints, state, meta)
-                    progress.say(f"step {done}: saving {checkpoints.directory / str(done)}")
-                    saved_at, saved_step = time.monotonic(), done
+                due = cadence.after(
+                    done, epoch, ends_epoch=ends_epoch, ends_run=done == total_steps
+                )
+                wish, eval_loss = wishes.read(), None
+                if due.exports or due.checkpoint or wish.checkpoint:
+                    progress.flush()  # the state is saved only if its step was sound
+                if evaluator and due.evaluate:
+                    eval_loss = evaluate(evaluator, state, progress, done)
+                saver.save(state, due, wish, eval_loss=eval_loss)
+                wishes.fulfil(wish)
+                if wish.stop:
+                    break
+            saver.finish()
     log.info("%s", describe_peak_memory())
-    log.info("done: %d steps, last checkpoint %s/checkpoints/%d", saved_step, run_dir, saved_step)
-    return run_dir
+    log.info("done: %d steps, %s", done, checkpoints.describe_last())
+    if done < total_steps:
+        log.info("stopped on request; go on with --resume_from_checkpoint")
+    return run.folder
 
 
 if __name__ == "__main__":

@@ -1,29 +1,92 @@
-"""What is due after a step?"""
+"""What is due after a step: an evaluation, a checkpoint, an exported adapter?
+
+Keys that count examples count whole steps: as many as have that many examples, rounded down.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from wan22_jax.config import TrainConfig
+from wan22_jax.errors import BadInput
 
 
-def is_due(
-    config: TrainConfig, step: int, epoch: int, ends_epoch: bool, minutes_since_save: float
-) -> bool:
-    """Whether the config asks for a checkpoint after this step."""
-    every = (config.save_every_n_steps, config.checkpoint_every_n_steps)
-    if any(n is not None and step % n == 0 for n in every):
-        return True
-    every = (config.save_every_n_epochs, config.checkpoint_every_n_epochs)
-    if ends_epoch and any(n is not None and epoch % n == 0 for n in every):
-        return True
-    minutes = config.checkpoint_every_n_minutes
-    return minutes is not None and minutes_since_save >= minutes
+class Due(NamedTuple):
+    """What to do after a step."""
+
+    evaluate: bool
+    checkpoint: bool
+    exports: tuple[str, ...]  # names of folders: epoch3, step200
 
 
-def eval_is_due(config: TrainConfig, step: int, epoch: int, ends_epoch: bool) -> bool:
-    """Whether the config asks for an evaluation after this step."""
-    every = [config.eval_every_n_steps]
-    if (examples := config.eval_every_n_examples) is not None:
-        per_step = config.micro_batch * config.gradient_accumulation_steps
-        every.append(max(examples // per_step, 1))  # 0 would never come in diffusion-pipe
-    if any(n is not None and step % n == 0 for n in every):
-        return True
-    epochs = config.eval_every_n_epochs
-    return ends_epoch and epochs is not None and epoch % epochs == 0
+class Cadence:
+    """The config's ``*_every_n_*`` keys."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        examples_per_step: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Reads the config; minutes count from now on.
+
+        Args:
+            config: of the run.
+            examples_per_step: of all micro-batches together.
+            clock: in seconds.
+
+        Raises:
+            BadInput: a step has more examples than a key asks for.
+        """
+
+        def steps(key: str) -> int | None:
+            examples = getattr(config, key)
+            if examples is not None and examples < examples_per_step:
+                raise BadInput(
+                    f"{key} = {examples}: one step takes {examples_per_step} examples "
+                    "(micro_batch_size_per_gpu x gradient_accumulation_steps); give at least that"
+                )
+            return None if examples is None else examples // examples_per_step
+
+        self._save_steps = (config.save_every_n_steps, steps("save_every_n_examples"))
+        self._save_epochs = config.save_every_n_epochs
+        self._checkpoint_steps = (config.checkpoint_every_n_steps,)
+        self._checkpoint_epochs = config.checkpoint_every_n_epochs
+        self._checkpoint_minutes = config.checkpoint_every_n_minutes
+        self._eval_steps = (config.eval_every_n_steps, steps("eval_every_n_examples"))
+        self._eval_epochs = config.eval_every_n_epochs
+        self._clock = clock
+        self._checkpointed_at = clock()
+
+    def after(self, step: int, epoch: int, *, ends_epoch: bool, ends_run: bool) -> Due:
+        """Says what is due, and takes it for done.
+
+        Args:
+            step: counted from 1.
+            epoch: counted from 1.
+            ends_epoch: this was the epoch's last step.
+            ends_run: this was the last step: whatever else is due, all that was trained is kept.
+        """
+        by_epoch = ends_epoch and _divides(self._save_epochs, epoch)
+        by_step = any(_divides(n, step) for n in self._save_steps)
+        if ends_run and not by_step:
+            by_epoch, by_step = ends_epoch, not ends_epoch
+        exports = (f"epoch{epoch}",) * by_epoch + (f"step{step}",) * by_step
+        minutes = (self._clock() - self._checkpointed_at) / 60
+        checkpoint = (
+            ends_run
+            or any(_divides(n, step) for n in self._checkpoint_steps)
+            or (ends_epoch and _divides(self._checkpoint_epochs, epoch))
+            or (self._checkpoint_minutes is not None and minutes >= self._checkpoint_minutes)
+        )
+        if checkpoint:
+            self._checkpointed_at = self._clock()
+        evaluate = any(_divides(n, step) for n in self._eval_steps) or (
+            ends_epoch and _divides(self._eval_epochs, epoch)
+        )
+        return Due(evaluate, checkpoint, exports)
+
+
+def _divides(every: int | None, count: int) -> bool:
+    return every is not None and count % every == 0

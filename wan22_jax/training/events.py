@@ -6,9 +6,11 @@ checkpoint undid, and is left out where files are read together.
 """
 
 import json
+import logging
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.summary import text
+
+from wan22_jax.errors import is_full_disk
+
+log = logging.getLogger(__name__)
 
 PATTERN = "events.out.tfevents.*"
 EPOCH_LOSS = "train/epoch_loss"  # the one curve whose x axis counts epochs
@@ -49,6 +55,7 @@ class EventLog:
         # Not SummaryWriter: its thread dies on a full disk, and the run would then wait for it.
         # The name sorts after those of earlier sessions, even within their second.
         suffix = f".{sum(1 for _ in run_dir.glob(PATTERN)):04d}"
+        self._disk_was_full = False
         self._writer = EventsWriter(str(run_dir / "events"), suffix)
         about = json.dumps(session._replace(config="")._asdict())
         indented = "".join(f"    {line}\n" for line in session.config.splitlines())  # as Markdown
@@ -66,14 +73,29 @@ class EventLog:
 
     def flush(self) -> None:
         """Puts on disk what has been added."""
-        self._writer.flush()
+        with self._past_full_disk():
+            self._writer.flush()
 
     def close(self) -> None:
         """Puts the rest on disk and closes the file."""
-        self._writer.close()
+        with self._past_full_disk():
+            self._writer.close()
 
     def _write(self, summary: Summary, x: int) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=x, summary=summary))
+        with self._past_full_disk():
+            self._writer.write_event(Event(wall_time=time.time(), step=x, summary=summary))
+
+    @contextmanager
+    def _past_full_disk(self) -> Iterator[None]:
+        """Curves are worth less than the run: what a full disk does not take is lost."""
+        try:
+            yield
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            if not self._disk_was_full:
+                log.warning("the disk is full: curves are not written, training goes on")
+            self._disk_was_full = True
 
 
 def read_events(run_dir: Path) -> tuple[list[Session], dict[str, Curve]]:

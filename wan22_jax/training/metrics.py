@@ -37,6 +37,10 @@ NUM_DECILES = 10
 _LINE = "{percentage:3.0f}%|{bar:10}| {desc}"  # of tqdm
 
 
+class NonFiniteLoss(BadInput):
+    """The loss or the gradient of a step is infinite or NaN; names the step and its clips."""
+
+
 class StepReport(NamedTuple):
     """What is known of a step when it is dispatched; the metrics are still on the device."""
 
@@ -58,6 +62,7 @@ class Plan(NamedTuple):
     model: TransformerConfig
     lr_N: np.ndarray  # of the session's steps
     trains_weights: bool  # full fine-tuning, see ``count_flops``
+    skips_nonfinite: bool = False  # a loss that is not changes nothing and does not end the run
 
 
 class Progress:
@@ -137,7 +142,7 @@ class Progress:
             new_program: this step was compiled first, which is kept out of the speed.
 
         Raises:
-            BadInput: the loss of the step before is not finite.
+            NonFiniteLoss: of the step before.
         """
         for array in report.metrics.values():
             array.copy_to_host_async()
@@ -152,7 +157,7 @@ class Progress:
             self.flush()
 
     def flush(self) -> None:
-        """Waits for the last dispatched step and writes it; raises BadInput as ``push`` does.
+        """Waits for the last dispatched step and writes it; raises as ``push`` does.
 
         What is known is then on disk: a checkpoint that follows finds the losses of its epoch.
         """
@@ -177,24 +182,21 @@ class Progress:
     def _finish(self, report: StepReport, seconds: float | None) -> None:
         metrics = jax.device_get(report.metrics)
         loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss of step {report.step} is {loss} (clips: "
-                f"{', '.join(report.clips)}); lower lr and resume from the last checkpoint"
+        problem = _find_nonfinite(report, metrics)
+        if problem is not None and not self._plan.skips_nonfinite:
+            raise NonFiniteLoss(
+                f"{problem}; lower lr and resume, or set skip_nonfinite_steps = true"
             )
-        self._epoch_losses.append(loss)
-        self._losses.add(metrics)
-        before, lr = (
-            self._status,
-            float(self._plan.lr_N[report.step - 1 - self._session.first_step]),
-        )
-        self._status = before._replace(
-            step=report.step,
-            epoch=report.epoch,
-            loss=loss,
-            average_loss=_average(before.average_loss, [loss]),
-            lr=lr,
-        )
+        lr = float(self._plan.lr_N[report.step - 1 - self._session.first_step])
+        self._status = self._status._replace(step=report.step, epoch=report.epoch, lr=lr)
+        if problem is None:
+            self._epoch_losses.append(loss)
+            self._losses.add(metrics)
+            average = _average(self._status.average_loss, [loss])
+            self._status = self._status._replace(loss=loss, average_loss=average)
+        else:
+            self.say(f"warning: {problem}; the step changed nothing")
+            metrics = {}
         speed = {}
         if seconds is not None:
             speed = self._measure(report, seconds)
@@ -226,6 +228,8 @@ class Progress:
         return {"step_time_s": seconds} | {n: amount / seconds for n, amount in amounts.items()}
 
     def _finish_epoch(self, report: StepReport) -> None:
+        if not self._epoch_losses:  # all were skipped
+            return
         mean = sum(self._epoch_losses) / len(self._epoch_losses)
         self._events.write_epoch(mean, report.epoch)
         if self._wandb is not None:
@@ -257,6 +261,14 @@ class Progress:
             if not is_full_disk(error):
                 raise
             log.warning("the disk is full: the status of the run was not written")
+
+
+def _find_nonfinite(report: StepReport, metrics: dict[str, np.ndarray]) -> str | None:
+    for name, what in (("loss", "loss"), ("grad_norm", "gradient's norm")):
+        if not math.isfinite(value := float(metrics[name])):
+            clips = ", ".join(report.clips)
+            return f"the {what} of step {report.step} is {value} (clips: {clips})"
+    return None
 
 
 def _average(before: float | None, losses: Sequence[float]) -> float | None:

@@ -40,6 +40,7 @@ class StepSettings:
     tasks: TaskMix = TEXT_ALONE
     penalty: Penalty = SQUARED
     activation_checkpointing: bool | str = False  # what the backward pass keeps, remat.POLICIES
+    skip_nonfinite: bool = False  # a loss or gradient that is not changes the step number alone
 
 
 class Frozen(NamedTuple):
@@ -219,7 +220,12 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)} | examples
-    return TrainState(state.step + 1, trainable, opt_state), metrics
+    new_state = TrainState(state.step + 1, trainable, opt_state)
+    if settings.skip_nonfinite:
+        is_sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = jax.tree.map(partial(jnp.where, is_sound), new_state, state)
+        new_state = kept._replace(step=new_state.step)
+    return new_state, metrics
 
 
 def compile_train_step(
