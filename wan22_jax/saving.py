@@ -111,6 +111,7 @@ class Saver:
 
     def improves(self, eval_loss: float) -> bool:
         """Whether the best checkpoint is to stay and this loss is below those of all of them."""
+        self._settle(self._checkpoints.wait)  # one that is under way counts
         known = [loss for loss in self._read_losses().values() if loss is not None]
         return self._retention.best and eval_loss < min(known, default=math.inf)
 
