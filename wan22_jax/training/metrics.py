@@ -174,11 +174,6 @@ class Progress:
         if self._wandb is not None:
             self._wandb.write(values, step)
 
-    def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Writes what was measured beside the steps, such as an evaluation."""
-        for name, value in values.items():
-            self._add_scalar(name, value, step)
-
     def _finish(self, report: StepReport, seconds: float | None) -> None:
         metrics = jax.device_get(report.metrics)
         loss = float(metrics["loss"])
