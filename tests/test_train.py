@@ -468,6 +468,9 @@ def test_tensorboard_gets_its_scalars():
     assert speed == pytest.approx({k: BUCKET.num_tokens / s for k, s in seconds.items()}, rel=1e-3)
 
 
+EVALUATE = ("eval_datasets=['eval.toml', {name='held_out', config='eval.toml'}]",)
+
+
 @pytest.mark.usefixtures("here")
 def test_a_run_with_evaluation_equals_one_without_bit_for_bit(capsys):
     Path("eval.toml").write_text(DATASET)
