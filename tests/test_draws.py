@@ -1,5 +1,7 @@
 """What chance adds to a clip: the same as ever, and frames are given as the config says."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ RECORDED_NOISE = [
 def draw(tasks: TaskMix, *, frames: int = 3, count: int = 8, noise: bool = False) -> Draws:
     """Noise takes most of the time, also to compile: NaN unless it is asked for."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(key: jax.Array) -> Draws:
         draws = draw_examples(
             key,

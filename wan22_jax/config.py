@@ -140,6 +140,7 @@ class TrainConfig(Table):
     image_micro_batch_size_per_gpu: BatchSize | None = None
     eval_micro_batch_size_per_gpu: BatchSize | None = None
     eval_image_micro_batch_size_per_gpu: BatchSize | None = None
+    image_eval_micro_batch_size_per_gpu: BatchSize | None = None  # diffusion-pipe's example's name
     eval_gradient_accumulation_steps: int = Field(1, ge=1)
     eval_datasets: list[str | EvalDataset] = []
     eval_every_n_epochs: int | None = Field(None, ge=1)
@@ -212,9 +213,10 @@ class TrainConfig(Table):
     def eval_batching(self) -> Batching:
         """How many clips of a bucket are evaluated together."""
         size = self.eval_micro_batch_size_per_gpu or self.micro_batch_size_per_gpu
+        images = self.eval_image_micro_batch_size_per_gpu
         return make_batching(
             size,
-            self.eval_image_micro_batch_size_per_gpu or size,
+            images or self.image_eval_micro_batch_size_per_gpu or size,
             accumulation=self.eval_gradient_accumulation_steps,
         )
 
@@ -363,6 +365,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         apply_override(tree, override)
     config = _validate(TrainConfig, tree, path)
     _check_eval_sets(config, path)
+    both = (config.eval_image_micro_batch_size_per_gpu, config.image_eval_micro_batch_size_per_gpu)
+    if None not in both and both[0] != both[1]:
+        raise BadInput(
+            f"{path}: eval_image_micro_batch_size_per_gpu and image_eval_micro_batch_size_per_gpu "
+            "are one key and differ; leave out the second"
+        )
     if len(config.penalties) > 1:
         raise BadInput(
             f"{path}: huber_delta, smooth_l1_beta and pseudo_huber_c each choose the loss; "
