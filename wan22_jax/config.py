@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
-from wan22_jax.model.flow import SQUARED, Penalty
+from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
 from wan22_jax.toml_file import apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
@@ -249,12 +249,12 @@ class TrainConfig(Table):
     @property
     def penalties(self) -> list[Penalty]:
         """Those that were asked for; ``load_config`` refuses more than one."""
-        asked = {
-            "huber": self.huber_delta,
-            "smooth_l1": self.smooth_l1_beta,
-            "pseudo_huber": self.pseudo_huber_c,
-        }
-        return [Penalty(kind, scale) for kind, scale in asked.items() if scale is not None]
+        asked: list[tuple[PenaltyKind, float | None]] = [
+            ("huber", self.huber_delta),
+            ("smooth_l1", self.smooth_l1_beta),
+            ("pseudo_huber", self.pseudo_huber_c),
+        ]
+        return [Penalty(kind, scale) for kind, scale in asked if scale is not None]
 
 
 class ClipKeys(Table):
