@@ -493,6 +493,18 @@ def test_a_run_with_evaluation_equals_one_without_bit_for_bit(capsys):
 
 
 @pytest.mark.usefixtures("here")
+def test_running_out_of_memory_in_an_evaluation_names_its_keys(monkeypatch, capsys):
+    def fail(*_args, **_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    Path("eval.toml").write_text(DATASET)
+    monkeypatch.setattr("wan22_jax.training.evaluate.Evaluator.__call__", fail)
+    assert run(*EVALUATE) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "in the evaluation at step 0; set eval_micro_batch_size_per_gpu = 1" in error
+
+
+@pytest.mark.usefixtures("here")
 def test_evaluations_come_when_the_config_says():
     def evaluated(*settings: str) -> list[int]:
         config = load_config(
