@@ -59,7 +59,8 @@ class Watch:
     def __call__(self, state: Any, *rest: Any) -> Any:
         """Runs the step; when the run has warmed up, the bare steps on a copy come first."""
         if len(self.dispatched_at) == WARM_STEPS:
-            self.time_bare_steps(jax.tree.map(jnp.copy, state), *rest)
+            copy = jax.tree.map(lambda leaf: jax.device_put(jnp.copy(leaf), leaf.sharding), state)
+            self.time_bare_steps(copy, *rest)
         start = time.perf_counter()
         result = self._step(state, *rest)
         self.dispatched_at.append(start)

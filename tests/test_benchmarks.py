@@ -43,6 +43,20 @@ def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
     assert "ms/step in all" in done.stdout
 
 
+def test_the_loop_is_timed_against_the_bare_step():
+    words = [sys.executable, str(BENCHMARKS / "loop.py"), "--tiny", "--steps", "12"]
+    words += ["--dtype", "bfloat16"]
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.rpartition("RESULT ")[2])
+    assert (result["checkpoints"], len(result["bare_s_all"])) == (2, 2)  # at step 12, and at 15
+    assert result["lost_percent"] == pytest.approx(
+        100 * (result["loop_s"] / result["bare_s"] - 1), abs=0.5
+    )
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
 def test_the_matmul_for_hopper_is_right():
     words = [sys.executable, str(BENCHMARKS / "time_matmul.py"), "--interpret"]

@@ -111,6 +111,32 @@ def counted(monkeypatch):
     return count
 
 
+def test_evaluation_sets_are_cached_too(place, counted, tmp_path, capsys):
+    place.fill()
+    held_out, file = tmp_path / "held_out", tmp_path / "eval.toml"
+    held_out.mkdir()
+    write_image(held_out / "d.png", (64, 64))
+    (held_out / "d.txt").write_text(CAPTIONS["c"])
+    file.write_text(f"resolutions = [32]\n[[directory]]\npath = '{held_out}'\n")
+    # The training set serves as an evaluation set as well: its one cache is made once.
+    sets = f"eval_datasets=['{file}', {{name='train_set', config='{place.dataset}'}}]"
+    assert place.run(sets) == 0
+    assert (counted.captions, counted.clips) == (4, 4)
+    ((cache, _),) = open_caches(file, encoders=place.encoders())
+    assert cache.clips.file(0) == "d.png"
+    assert cache.read(0).latents_TYXC.any()
+    assert place.run(sets) == 0
+    assert (counted.captions, counted.clips) == (4, 4)
+    capsys.readouterr()
+    assert place.run("--verify", sets) == 0
+    assert capsys.readouterr().out.count("held_out") == 1
+    keys = f"resolutions = [64]\n[[directory]]\npath = '{place.clips}'\n"
+    file.write_text(keys)
+    assert place.run(sets) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"eval.toml: {place.clips} is also a folder of {place.dataset}, with other" in error
+
+
 def test_folder_to_cache_to_batch(place, capsys):
     place.fill()
     assert place.run() == 0

@@ -433,6 +433,18 @@ def test_a_run_with_evaluation_equals_one_without_bit_for_bit(capsys):
 
 
 @pytest.mark.usefixtures("here")
+def test_running_out_of_memory_in_an_evaluation_names_its_keys(monkeypatch, capsys):
+    def fail(*_args, **_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    Path("eval.toml").write_text(DATASET)
+    monkeypatch.setattr("wan22_jax.training.evaluate.Evaluator.__call__", fail)
+    assert run(*EVALUATE) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "in the evaluation at step 0; set eval_micro_batch_size_per_gpu = 1" in error
+
+
+@pytest.mark.usefixtures("here")
 def test_a_resumed_run_is_not_evaluated_before_its_first_step():
     Path("eval.toml").write_text(DATASET)
     settings = (*EVALUATE, "eval_every_n_epochs=1")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
-from wan22_jax.model.flow import SQUARED, Penalty
+from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
 from wan22_jax.toml_file import apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
@@ -146,6 +146,7 @@ class TrainConfig(Table):
     image_micro_batch_size_per_gpu: BatchSize | None = None
     eval_micro_batch_size_per_gpu: BatchSize | None = None
     eval_image_micro_batch_size_per_gpu: BatchSize | None = None
+    image_eval_micro_batch_size_per_gpu: BatchSize | None = None  # diffusion-pipe's example's name
     eval_gradient_accumulation_steps: int = Field(1, ge=1)
     eval_datasets: list[str | EvalDataset] = []
     eval_every_n_epochs: int | None = Field(None, ge=1)
@@ -223,9 +224,10 @@ class TrainConfig(Table):
     def eval_batching(self) -> Batching:
         """How many clips of a bucket are evaluated together."""
         size = self.eval_micro_batch_size_per_gpu or self.micro_batch_size_per_gpu
+        images = self.eval_image_micro_batch_size_per_gpu
         return make_batching(
             size,
-            self.eval_image_micro_batch_size_per_gpu or size,
+            images or self.image_eval_micro_batch_size_per_gpu or size,
             accumulation=self.eval_gradient_accumulation_steps,
         )
 
@@ -258,12 +260,12 @@ class TrainConfig(Table):
     @property
     def penalties(self) -> list[Penalty]:
         """Those that were asked for; ``load_config`` refuses more than one."""
-        asked: dict[Literal["huber", "smooth_l1", "pseudo_huber"], float | None] = {
-            "huber": self.huber_delta,
-            "smooth_l1": self.smooth_l1_beta,
-            "pseudo_huber": self.pseudo_huber_c,
-        }
-        return [Penalty(kind, scale) for kind, scale in asked.items() if scale is not None]
+        asked: list[tuple[PenaltyKind, float | None]] = [
+            ("huber", self.huber_delta),
+            ("smooth_l1", self.smooth_l1_beta),
+            ("pseudo_huber", self.pseudo_huber_c),
+        ]
+        return [Penalty(kind, scale) for kind, scale in asked if scale is not None]
 
 
 class ClipKeys(Table):
@@ -376,6 +378,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         apply_override(tree, override)
     config = _validate(TrainConfig, tree, path)
     _check_eval_sets(config, path)
+    both = (config.eval_image_micro_batch_size_per_gpu, config.image_eval_micro_batch_size_per_gpu)
+    if None not in both and both[0] != both[1]:
+        raise BadInput(
+            f"{path}: eval_image_micro_batch_size_per_gpu and image_eval_micro_batch_size_per_gpu "
+            "are one key and differ; leave out the second"
+        )
     if len(config.penalties) > 1:
         raise BadInput(
             f"{path}: huber_delta, smooth_l1_beta and pseudo_huber_c each choose the loss; "

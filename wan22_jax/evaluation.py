@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import jax
 from flax import nnx
 from jax.sharding import Sharding
 
@@ -68,9 +69,21 @@ def make_evaluator(
 
 
 def evaluate(evaluator: Evaluator, state: TrainState, progress: Progress, step: int) -> float:
-    """Evaluates the state that ``step`` steps made; logs it; returns ``Evaluator.score`` of it."""
+    """Evaluates the state that ``step`` steps made; logs it; returns ``Evaluator.score`` of it.
+
+    Raises:
+        BadInput: memory runs out.
+    """
     progress.flush()
-    values = evaluator(state.trainable)
+    try:
+        values = evaluator(state.trainable)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BadInput(
+            f"out of GPU memory in the evaluation at step {step}; set "
+            "eval_micro_batch_size_per_gpu = 1, and leave out disable_block_swap_for_eval"
+        ) from error
     progress.add_scalars(values, step)
     score = evaluator.score(values)
     progress.say(f"step {step}: evaluation loss {score:.4f}")

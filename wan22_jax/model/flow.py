@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 GRID_SIZE = 10_000
+PenaltyKind = Literal["squared", "huber", "smooth_l1", "pseudo_huber"]
 
 
 def shift_sigma(sigma: np.ndarray, *, shift: float) -> np.ndarray:
@@ -89,7 +90,7 @@ class Penalty:
     diffusion-pipe's ``pseudo_huber_c`` was.
     """
 
-    kind: Literal["squared", "huber", "smooth_l1", "pseudo_huber"] = "squared"
+    kind: PenaltyKind = "squared"
     scale: float = 1.0
 
     def __call__(self, error: jax.Array) -> jax.Array:

@@ -174,7 +174,7 @@ class Progress:
             self._bar.write(line)
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Writes more values of a step under their TensorBoard names."""
+        """Writes what was measured beside the steps, such as an evaluation."""
         self._events.write(values, step)
         if self._wandb is not None:
             self._wandb.write(values, step)
