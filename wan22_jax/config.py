@@ -10,13 +10,20 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from wan22_jax.errors import BadInput
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.training.optimizer_options import (
+    AdamW,
+    Options,
+    ScheduleFreeAdamW,
+    find_optimizer,
+    refuse_keys,
+)
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
@@ -72,30 +79,20 @@ class AdapterConfig(Table):
     init_from_existing: str | None = None
 
 
-class OptimizerConfig(Table):
-    """The ``[optimizer]`` table; both names mean AdamW on float32 masters."""
-
-    type: str = "adamw"
-    lr: float | None = Field(default=None, gt=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=[0.9, 0.99], min_length=2, max_length=2
-    )
-    weight_decay: float = Field(default=0.01, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
-
-
 class TrainConfig(Table):
     """The main file.
 
     ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
-    all if there are fewer, keep their frozen weights in host memory.
+    all if there are fewer, keep their frozen weights in host memory. ``optimizer`` is one of the
+    tables of ``optimizer_options``. ``lr_scheduler`` begins after the warm-up and ends with the
+    run, 'linear' at 0 and 'cosine' at ``lr_min``.
     """
 
     output_dir: str
     dataset: str
     model: ModelConfig
     adapter: AdapterConfig | None = None
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: SerializeAsAny[Options] = AdamW()
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
     micro_batch_size_per_gpu: int | list[list[int]] = 1
@@ -103,6 +100,9 @@ class TrainConfig(Table):
     gradient_clipping: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_min: float = Field(1e-6, ge=0)
+    force_constant_lr: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0, lt=2**31)
     i2v_fraction: float = Field(0.2, ge=0, le=1)
     activation_checkpointing: bool | str = False
@@ -129,8 +129,6 @@ class TrainConfig(Table):
     disable_block_swap_for_eval: Any = None
     save_every_n_examples: Any = None
     save_dtype: Any = None
-    lr_scheduler: Any = None
-    force_constant_lr: Any = None
     huber_delta: Any = None
     smooth_l1_beta: Any = None
     pseudo_huber_c: Any = None
@@ -147,8 +145,13 @@ class TrainConfig(Table):
 
     @property
     def learning_rate(self) -> float:
-        """``[optimizer] lr``, or the top-level ``lr``, or diffusion-pipe's example value."""
-        return self.optimizer.lr or self.lr or 2e-5
+        """``[optimizer] lr``, or the top-level ``lr``, or the optimizer's own default."""
+        return self.optimizer.lr or self.lr or self.optimizer.default_lr
+
+    @property
+    def global_batch(self) -> int:
+        """Clips of one step."""
+        return self.micro_batch * self.gradient_accumulation_steps
 
     @property
     def micro_batch(self) -> int:
@@ -240,8 +243,6 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_block_swap_for_eval": ((None, False), _EVAL),
     "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
     "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
-    "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
-    "force_constant_lr": ((None,), "the schedule is constant; set lr"),
     "huber_delta": ((None,), f"the Huber loss {_LATER_VERSION}"),
     "smooth_l1_beta": ((None,), f"the smooth L1 loss {_LATER_VERSION}"),
     "pseudo_huber_c": ((None,), f"the pseudo-Huber loss {_LATER_VERSION}"),
@@ -260,7 +261,7 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
 }
 
-TableT = TypeVar("TableT", bound=Table)
+TableT = TypeVar("TableT", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -276,6 +277,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     tree = _read_toml(path)
     for override in overrides:
         _apply_override(tree, override)
+    tree["optimizer"] = _read_optimizer(tree, path)
     config = _validate(TrainConfig, tree, path)
     if isinstance(config.micro_batch_size_per_gpu, list) or config.micro_batch_size_per_gpu < 1:
         raise BadInput(
@@ -291,10 +293,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
         )
-    if config.optimizer.type.lower() not in ("adamw", "adamw_optimi"):
+    if isinstance(config.optimizer, ScheduleFreeAdamW) and config.lr_scheduler != "constant":
         raise BadInput(
-            f"{path}: [optimizer] type = {config.optimizer.type!r} {_LATER_VERSION}; use 'adamw' "
-            "(float32 masters, so no Kahan or 8-bit variant is needed for a LoRA)"
+            f"{path}: lr_scheduler = {config.lr_scheduler!r}: {config.optimizer.type} averages "
+            "instead of lowering its learning rate; leave it out"
         )
     if config.model.min_t >= config.model.max_t:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
@@ -347,18 +349,40 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _validate(table: type[TableT], tree: dict[str, Any], path: Path) -> TableT:
+def _read_optimizer(tree: dict[str, Any], path: Path) -> Options:
+    table = tree.get("optimizer", {})
+    if not isinstance(table, dict) or not isinstance(table.get("type", ""), str):
+        raise BadInput(f"{path}: [optimizer] must be a table whose type is a name")
+    if refusal := refuse_keys(table):
+        raise BadInput(f"{path}: [optimizer] {refusal}")
+    try:
+        options = find_optimizer(table.get("type", "adamw")).options
+    except ValueError as error:
+        raise BadInput(f"{path}: [optimizer] type = {error}") from None
+    table = {name: value for name, value in table.items() if name != "gradient_release"}
+    if "lr" in tree:
+        table.setdefault("lr", tree["lr"])
+    return _validate(options, table, path, prefix="optimizer.")
+
+
+def _validate(table: type[TableT], tree: dict[str, Any], path: Path, *, prefix: str = "") -> TableT:
     try:
         config = table.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(table, problem) for problem in error.errors())
+        problems = "; ".join(_describe(table, problem, prefix) for problem in error.errors())
         raise BadInput(f"{path}: {problems}") from None
-    _refuse_unsupported(config, path)
+    if isinstance(config, Table):
+        _refuse_unsupported(config, path)
     return config
 
 
-def _describe(table: type[Table], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _describe(table: type[BaseModel], problem: Any, prefix: str) -> str:
+    key = prefix + ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden" and issubclass(table, Options):
+        own = [name for name in table.model_fields if name != "type"]
+        near = difflib.get_close_matches(key.removeprefix(prefix), own, n=1)
+        meant = f", did you mean {prefix}{near[0]}?" if near else ""
+        return f"unknown key {key}{meant} ({table.__name__} takes {', '.join(own)})"
     if problem["type"] == "extra_forbidden":
         known = _keys(table)
         near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
@@ -380,7 +404,7 @@ def _describe_policy(value: bool | str) -> str:
     )
 
 
-def _keys(table: type[Table], prefix: str = "") -> list[str]:
+def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in table.model_fields.items():
         keys.append(prefix + name)

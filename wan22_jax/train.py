@@ -38,7 +38,7 @@ from wan22_jax.sharding import (
 )
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
-from wan22_jax.training.optimizer import make_optimizer, warmup_constant
+from wan22_jax.training.optimizer import describe_optimizer, make_optimizer, make_schedule
 from wan22_jax.training.step import (
     compile_train_step,
     init_state,
@@ -121,13 +121,13 @@ def train(
     log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
     log.info("memory: %s", plan)
     lora_key, draw_key = split_seed(config.seed)
+    log.info("optimizer: %s", describe_optimizer(config))
+    schedule = make_schedule(config, total_steps=total_steps)
     optimizer = make_optimizer(
-        config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        weight_decay=config.optimizer.weight_decay,
-        eps=config.optimizer.eps,
-        max_grad_norm=config.gradient_clipping,
+        config.optimizer,
+        schedule=schedule,
+        gradient_clipping=config.gradient_clipping,
+        global_batch=config.global_batch,
     )
     with explain_exhaustion(plan):
         # Placing copies each block: from the host, so that no weight is on the device twice.
@@ -151,7 +151,6 @@ def train(
         activation_checkpointing=config.activation_checkpointing,
         sharding=sharding,
     )
-    schedule = warmup_constant(config.learning_rate, config.warmup_steps)
 
     with open_checkpoints(run_dir) as checkpoints:
         if resume:

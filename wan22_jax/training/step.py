@@ -21,6 +21,7 @@ from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.training.optimizer_options import optimizer_metrics
 
 
 class TrainState(NamedTuple):
@@ -238,6 +239,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)}
+    metrics |= optimizer_metrics(opt_state)
     return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
