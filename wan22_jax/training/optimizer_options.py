@@ -29,8 +29,8 @@ class Options(BaseModel):
     scales_with_lr: ClassVar[bool] = True  # whether lr is a factor on the update and nothing else
 
     type: str = "adamw"
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
         """Makes the optimizer for a dict of parameters.
@@ -46,7 +46,7 @@ class WithBetas(Options):
     """``beta2_half_life``, in clips, takes the place of the second beta: 0.5^(batch / it)."""
 
     betas: Betas = [0.9, 0.99]
-    beta2_half_life: float | None = Field(None, gt=0)
+    beta2_half_life: float | None = Field(default=None, gt=0)
 
     def beta_pair(self, global_batch: int) -> tuple[float, float]:
         """The betas of a step of so many clips."""
@@ -63,8 +63,8 @@ class AdamW(WithBetas):
     (Wortsman et al. 2023, arXiv 2304.13013).
     """
 
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     stabilize: bool = False
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
@@ -112,7 +112,7 @@ class Adopt(WithBetas):
     """ADOPT (Taniguchi et al. 2024): Adam whose average square lags a step; clips by count^1/4."""
 
     betas: Betas = [0.9, 0.9999]
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
         """See ``Options.make``."""
@@ -129,8 +129,8 @@ class Adafactor(Options):
 
     default_lr: ClassVar[float] = 1e-3
 
-    beta2_decay: float = Field(-0.8, lt=0)
-    clip_threshold: float = Field(1.0, gt=0)
+    beta2_decay: float = Field(default=-0.8, lt=0)
+    clip_threshold: float = Field(default=1.0, gt=0)
     scale_parameter: bool = True
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
@@ -155,11 +155,11 @@ class Muon(Options):
 
     momentum: Beta = 0.95
     nesterov: bool = True
-    ns_steps: int = Field(5, ge=1, le=20)
-    consistent_rms: float = Field(0.2, gt=0)
-    adam_lr: float | None = Field(None, gt=0)
+    ns_steps: int = Field(default=5, ge=1, le=20)
+    consistent_rms: float = Field(default=0.2, gt=0)
+    adam_lr: float | None = Field(default=None, gt=0)
     adam_betas: Betas = [0.9, 0.99]
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(default=1e-8, gt=0)
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
         """See ``Options.make``."""
@@ -198,10 +198,10 @@ class Prodigy(WithBetas):
 
     betas: Betas = [0.9, 0.999]
     beta3: Beta | None = None
-    eps: float = Field(1e-8, gt=0)
-    d0: float = Field(1e-6, gt=0)
-    d_coef: float = Field(1.0, gt=0)
-    growth_rate: float | None = Field(None, gt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    d0: float = Field(default=1e-6, gt=0)
+    d_coef: float = Field(default=1.0, gt=0)
+    growth_rate: float | None = Field(default=None, gt=1)
     bias_correction: bool = False
     safeguard_warmup: bool = False
 
@@ -223,8 +223,8 @@ class ScheduleFreeAdamW(WithBetas):
     scales_with_lr: ClassVar[bool] = False
 
     betas: Betas = [0.9, 0.999]
-    eps: float = Field(1e-8, gt=0)
-    weight_lr_power: float = Field(2.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_lr_power: float = Field(default=2.0, ge=0)
 
     def make(self, schedule: optax.Schedule, *, global_batch: int) -> optax.GradientTransformation:
         """See ``Options.make``."""
