@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument("--ema", action="store_true", help="the average that ema_decay makes")
+    average.add_argument("--raw", action="store_true", help="the weights themselves (default)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: dtype of the [adapter] table")
     parser.add_argument("--model", type=Path, help="refuse unless trained on this model folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -43,6 +46,7 @@ def export_adapter(
     out: Path,
     *,
     step: int | None = None,
+    ema: bool = False,
     dtype: str | None = None,
     base_digest: str | None = None,
     overwrite: bool = False,
@@ -53,6 +57,7 @@ def export_adapter(
         checkpoint: a run of wan22-train, its checkpoints folder or one of its checkpoints.
         out: the file; its folder is made if need be.
         step: which checkpoint of the run; the newest by default.
+        ema: write the average over the steps (``ema_decay``) instead of the weights themselves.
         dtype: one of DTYPES; by default that of the run's ``[adapter]`` table.
         base_digest: digest of the transformer that the LoRA must have been trained on.
         overwrite: replace an existing file.
@@ -67,7 +72,7 @@ def export_adapter(
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
     if not checkpoint.is_dir():
         raise BadInput(f"{checkpoint}: is not a folder; give a run folder made by wan22-train")
-    trained = load_adapter(checkpoint, step=step, base_digest=base_digest)
+    trained = load_adapter(checkpoint, step=step, ema=ema, base_digest=base_digest)
     adapter = _cast(trained, dtype or _configured_dtype(trained), source=str(checkpoint))
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -133,6 +138,7 @@ def _run(args: argparse.Namespace) -> None:
         args.checkpoint,
         args.out,
         step=args.step,
+        ema=args.ema,
         dtype=args.dtype,
         base_digest=base_digest,
         overwrite=args.overwrite,

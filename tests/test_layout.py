@@ -35,7 +35,12 @@ LAYERS = [
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"},
     {"wan22_jax.data.cache", "wan22_jax.training.optimizer_options"},
     {"wan22_jax.training.draws"},
-    {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
+    {
+        "wan22_jax.training.step",
+        "wan22_jax.training.metrics",
+        "wan22_jax.training.averages",
+        "wan22_jax.data.survey",
+    },
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
     | {"wan22_jax.data.preflight_page"},
     {"wan22_jax.data.eval_clips"},

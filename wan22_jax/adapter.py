@@ -49,19 +49,22 @@ class Adapter:
     source: str
 
 
-def load_adapter(path: Path, *, step: int | None = None, base_digest: str | None = None) -> Adapter:
+def load_adapter(
+    path: Path, *, step: int | None = None, ema: bool = False, base_digest: str | None = None
+) -> Adapter:
     """Reads a LoRA from a training run (or its checkpoints, or one of them) or a file.
 
     Args:
         path: a folder that wan22-train wrote, or a .safetensors file with ComfyUI names.
         step: which checkpoint of a run; the last one by default. A file holds only one.
+        ema: of a run, the average over the steps instead of the weights themselves.
         base_digest: digest of the transformer it is meant for; a LoRA that states another one is
             refused, one that states none (other makers' files) is taken.
 
     Raises:
         BadInput: no such file, not a LoRA, truncated, incomplete, or made for another base model.
     """
-    adapter = _read_checkpoint(path, step) if path.is_dir() else _read_file(path)
+    adapter = _read_checkpoint(path, step, ema) if path.is_dir() else _read_file(path)
     trained_on = adapter.metadata.get("base_digest")
     if base_digest is not None and trained_on not in (None, base_digest):
         raise BadInput(
@@ -168,8 +171,8 @@ def _read_file(path: Path) -> Adapter:
     return from_comfyui(tensors, metadata=metadata, source=str(path))
 
 
-def _read_checkpoint(path: Path, step: int | None) -> Adapter:
-    matrices, meta = read_trainable(path, step)
+def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
+    matrices, meta = read_trainable(path, step, ema=ema)
     adapter = Adapter(matrices, meta["rank"], float(meta["alpha"]), metadata={}, source=str(path))
     # The same checks as for a file: a checkpoint of another kind of training must not pass.
     from_comfyui(to_comfyui(adapter), metadata={}, source=str(path))

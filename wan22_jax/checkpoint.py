@@ -1,12 +1,14 @@
 """Training state on disk: Orbax checkpoints of the adapter, the optimizer and where the run is.
 
 A run folder holds ``checkpoints/<step>/`` with the items ``trainable`` (path -> array),
-``opt_state`` (path -> array) and ``meta`` (JSON). The frozen base is never in it; its digest is.
+``opt_state`` (path -> array), ``ema`` (path -> array, where weights are averaged) and ``meta``
+(JSON). The frozen base is never in it; its digest is.
 """
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from wan22_jax.errors import BadInput, is_full_disk
-from wan22_jax.training.step import TrainState
+from wan22_jax.training.averages import average_of_arrays
+from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, find_optimizer
+from wan22_jax.training.step import TrainState, start_ema
 
 VERSION = 1
 FOLDER = "checkpoints"
@@ -55,7 +59,8 @@ def save_state(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str
     step = int(state.step)
     trainable, opt_state = flatten_state(state.trainable), _flatten_tree(state.opt_state)
     manager.wait_until_finished()  # what is still being written takes space too
-    needed = sum(array.nbytes for array in [*trainable.values(), *opt_state.values()])
+    ema = {} if state.ema is None else flatten_state(state.ema)
+    needed = sum(a.nbytes for arrays in (trainable, opt_state, ema) for a in arrays.values())
     free = shutil.disk_usage(manager.directory).free
     if free < needed + _SPARE_BYTES:
         raise BadInput(
@@ -67,6 +72,7 @@ def save_state(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str
         args=ocp.args.Composite(
             trainable=ocp.args.StandardSave(trainable),
             opt_state=ocp.args.StandardSave(opt_state),
+            **({} if state.ema is None else {"ema": ocp.args.StandardSave(ema)}),
             meta=ocp.args.JsonSave({"version": VERSION, "step": step, **meta}),
         ),
     )
@@ -98,7 +104,22 @@ def restore_state(
         [restored["opt_state"][name] for name in _flatten_tree(like.opt_state)],
     )
     count = jax.device_put(np.int32(step), like.step.sharding)
-    return TrainState(count, trainable, opt_state), restored["meta"]
+    state = TrainState(count, trainable, opt_state)
+    if like.ema is not None:
+        state = state._replace(ema=_restore_ema(manager, step, like.ema, trainable))
+    return state, restored["meta"]
+
+
+def _restore_ema(
+    manager: ocp.CheckpointManager, step: int, like: nnx.State, trainable: nnx.State
+) -> nnx.State:
+    if not (Path(manager.directory) / str(step) / "ema").is_dir():
+        return start_ema(trainable)  # the run has not averaged so far
+    args = ocp.args.Composite(ema=ocp.args.StandardRestore(_abstract(flatten_state(like))))
+    arrays = manager.restore(step, args=args)["ema"]
+    return nnx.from_flat_state(
+        [(path, leaf.replace(arrays[_join(path)])) for path, leaf in nnx.to_flat_state(like)]
+    )
 
 
 def read_meta(run_dir: Path) -> dict[str, Any]:
@@ -109,16 +130,20 @@ def read_meta(run_dir: Path) -> dict[str, Any]:
 
 
 def read_trainable(
-    path: Path, step: int | None = None
+    path: Path, step: int | None = None, *, ema: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the adapter (path -> host array) and the meta of one checkpoint.
+    """Reads what was trained (path -> host array) and the meta of one checkpoint.
+
+    Of a schedule-free optimizer that is the average that it has learnt.
 
     Args:
         path: a run folder, its ``checkpoints`` folder, or one step's folder.
         step: which checkpoint; the newest if left out.
+        ema: the average over the steps instead of the weights themselves.
 
     Raises:
-        BadInput: there is no such checkpoint, or it was written by another version.
+        BadInput: there is no such checkpoint, it holds no average, or it was written by another
+            version.
     """
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
@@ -133,10 +158,15 @@ def read_trainable(
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if meta["version"] != VERSION:
             raise BadInput(f"{folder}: checkpoint version {meta['version']}, expected {VERSION}")
-        saved = manager.restore(
-            step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore())
-        )["trainable"]
-    return {name: np.asarray(array) for name, array in saved.items()}, meta
+        if ema and not (folder / str(step) / "ema").is_dir():
+            raise BadInput(
+                f"{folder / str(step)}: holds no average, ema_decay was not set; leave --ema out"
+            )
+        read = partial(_read_item, manager, step)
+        saved = read("ema" if ema else "trainable")
+        if not ema and _is_schedule_free(meta):
+            saved = average_of_arrays(saved, read("opt_state"))
+    return saved, meta
 
 
 def find_run(output_dir: Path, name: str | None) -> Path:
@@ -164,11 +194,21 @@ def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
+def _read_item(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, np.ndarray]:
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+    return {name: np.asarray(a) for name, a in manager.restore(step, args=args)[item].items()}
+
+
+def _is_schedule_free(meta: dict[str, Any]) -> bool:
+    options = meta.get("config", {}).get("optimizer", {})
+    return find_optimizer(options.get("type", "adamw")).options is ScheduleFreeAdamW
+
+
 def _manager(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(create=False),
-        item_names=("trainable", "opt_state", "meta"),
+        item_names=("trainable", "opt_state", "ema", "meta"),
     )
 
 

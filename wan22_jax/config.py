@@ -112,7 +112,8 @@ class TrainConfig(Table):
     ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
     all if there are fewer, keep their frozen weights in host memory. ``optimizer`` is one of the
     tables of ``optimizer_options``. ``lr_scheduler`` begins after the warm-up and ends with the
-    run, 'linear' at 0 and 'cosine' at ``lr_min``.
+    run, 'linear' at 0 and 'cosine' at ``lr_min``. ``ema_decay`` is what an average of the weights
+    keeps of itself at each step, 0 for no average.
     """
 
     output_dir: str
@@ -141,6 +142,7 @@ class TrainConfig(Table):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_min: float = Field(1e-6, ge=0)
     force_constant_lr: float | None = Field(None, gt=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**31)
     i2v_fraction: float = Field(0.2, ge=0, le=1)
     i2v_first_frames: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = 1

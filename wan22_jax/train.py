@@ -132,7 +132,8 @@ def train(
         model = load_transformer(model_folder, dtype=dtype, host=True)
         model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
         graphdef, trainable, frozen = split_model(model)
-        state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
+        state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
+        state, draw_key = jax.device_put((state, draw_key), sharding)
         frozen = jax.block_until_ready(
             place_frozen(
                 frozen,
@@ -149,6 +150,7 @@ def train(
             config.tasks,
             config.penalty,
             activation_checkpointing=config.activation_checkpointing,
+            ema_decay=config.ema_decay,
         ),
         sharding=sharding,
     )

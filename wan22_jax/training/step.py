@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     trainable: nnx.State
     opt_state: optax.OptState
+    ema: nnx.State | None = None  # the average of trainable over the steps, float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StepSettings:
     tasks: TaskMix = TEXT_ALONE
     penalty: Penalty = SQUARED
     activation_checkpointing: bool | str = False  # what the backward pass keeps, remat.POLICIES
+    ema_decay: float = 0.0  # what the average keeps of itself at each step; 0 for none
 
 
 class Frozen(NamedTuple):
@@ -121,9 +123,24 @@ def split_seed(seed: int) -> tuple[Array, Array]:
     return lora_key, draw_key
 
 
-def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """Makes the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def init_state(
+    trainable: nnx.State, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+) -> TrainState:
+    """Makes the state before the first step, with an average if there is a decay."""
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    return state._replace(ema=start_ema(trainable)) if ema_decay > 0 else state
+
+
+def start_ema(trainable: nnx.State) -> nnx.State:
+    """Copies weights to average from: a decay near 1 would be lost in 16 bits."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+
+
+def update_ema(ema: nnx.State, trainable: nnx.State, *, decay: float) -> nnx.State:
+    """Returns decay * ema + (1 - decay) * trainable, leaf by leaf."""
+    return jax.tree.map(
+        lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), ema, trainable
+    )
 
 
 def loss_fn(
@@ -221,7 +238,10 @@ def train_step(
     trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)} | examples
     metrics |= optimizer_metrics(opt_state)
-    return TrainState(state.step + 1, trainable, opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+        ema = update_ema(ema, trainable, decay=settings.ema_decay)
+    return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
 
 def compile_train_step(
