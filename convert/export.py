@@ -146,8 +146,8 @@ def _run(args: argparse.Namespace) -> None:
     tensors = to_comfyui(adapter)
     dtype = next(iter(adapter.matrices.values())).dtype
     sys.stdout.write(
-        f"wrote {args.out}: {len(tensors)} tensors, {dtype}, rank {adapter.rank}, "
-        f"alpha {adapter.alpha:g}, step {adapter.metadata['step']}, "
+        f"wrote {args.out}: {len(tensors)} tensors, {dtype}, {adapter}, "
+        f"step {adapter.metadata['step']}, "
         f"{args.out.stat().st_size / 1e6:.1f} MB; read back and equal bit by bit\n"
     )
 

@@ -7,18 +7,19 @@ that says so, unless it asks for what happens anyway.
 
 import difflib
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
+from wan22_jax.adapter_targets import AdapterConfig, LoRATarget, choose_targets, lr_ratios
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
 from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.toml_tables import Table, apply_override, read_toml
 from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.optimizer_options import (
     AdamW,
@@ -31,12 +32,6 @@ from wan22_jax.training.optimizer_options import (
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
 ClipMode = Literal["single_beginning", "single_middle", "uniform"]
-
-
-class Table(BaseModel):
-    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Table):
@@ -64,22 +59,6 @@ class ModelConfig(Table):
     llm_path: str | None = None
     cache_text_embeddings: bool = True
     text_encoder_fp8: bool = False
-
-
-class AdapterConfig(Table):
-    """The ``[adapter]`` table. ``dtype`` is the one that wan22-export writes.
-
-    The trained copy is float32 whatever ``dtype`` says: bfloat16 loses small updates. Its matmuls
-    run in the model's dtype.
-    """
-
-    type: Literal["lora", "lokr"] = "lora"
-    rank: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0)
-    dtype: Dtype = "bfloat16"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    exclude_modules: list[str] = []
-    init_from_existing: str | None = None
 
 
 class EvalDataset(Table):
@@ -128,7 +107,7 @@ class TrainConfig(Table):
     eval_micro_batch_size_per_gpu: BatchSize | None = None
     eval_image_micro_batch_size_per_gpu: BatchSize | None = None
     eval_gradient_accumulation_steps: int = Field(1, ge=1)
-    eval_datasets: list[str | EvalDataset] = []
+    eval_datasets: list[str | EvalDataset] = Field(default=[])
     eval_every_n_epochs: int | None = Field(None, ge=1)
     eval_every_n_steps: int | None = Field(None, ge=1)
     eval_every_n_examples: int | None = Field(None, ge=1)
@@ -179,6 +158,16 @@ class TrainConfig(Table):
     def learning_rate(self) -> float:
         """``[optimizer] lr``, or the top-level ``lr``, or the optimizer's own default."""
         return self.optimizer.lr or self.lr or self.optimizer.default_lr
+
+    @property
+    def lora_targets(self) -> dict[str, LoRATarget]:
+        """The adapter of each linear; empty without one."""
+        return {} if self.adapter is None else choose_targets(self.adapter)
+
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        """Of targets with an lr of their own, what that is in proportion to ``learning_rate``."""
+        return lr_ratios(self.lora_targets, self.learning_rate)
 
     @property
     def global_batch(self) -> int:
@@ -263,7 +252,7 @@ class ClipKeys(Table):
     max_ar: Number | None = Field(None, gt=0)
     num_ar_buckets: int | None = Field(None, ge=1, le=1000)
     ar_buckets: list[Number | list[Number]] | None = None
-    frame_buckets: list[int] = [1]
+    frame_buckets: list[int] = Field(default=[1])
     size_buckets: list[list[int]] | None = None
     caption_prefix: str = ""
     shuffle_tags: bool = False
@@ -306,6 +295,7 @@ _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m
 
 # key -> (values that change nothing, why any other value is refused)
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "adapter.type": (("lora",), "only low-rank matrices are trained; use 'lora', of higher rank"),
     "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
     "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
     "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
@@ -314,10 +304,6 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "one that does not fit into GPU memory is streamed from host memory, to the same bits",
     ),
-    "adapter.type": (("lora",), f"LoKr {_LATER_VERSION}; use 'lora'"),
-    "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
-    "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),
-    "adapter.init_from_existing": ((None,), f"starting from an existing LoRA {_LATER_VERSION}"),
     "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
     "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
     "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
@@ -348,9 +334,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         BadInput: not TOML, an unknown, missing, wrong or unsupported key; it names file and key.
     """
-    tree = _read_toml(path)
+    tree = read_toml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     tree["optimizer"] = _read_optimizer(tree, path)
     config = _validate(TrainConfig, tree, path)
     _check_eval_sets(config, path)
@@ -368,6 +354,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
         )
+    _check_adapter(config, path)
     if isinstance(config.optimizer, ScheduleFreeAdamW) and config.lr_scheduler != "constant":
         raise BadInput(
             f"{path}: lr_scheduler = {config.lr_scheduler!r}: {config.optimizer.type} averages "
@@ -391,9 +378,29 @@ def _check_eval_sets(config: TrainConfig, path: Path) -> None:
             )
 
 
+def _check_adapter(config: TrainConfig, path: Path) -> None:
+    if config.adapter is None:
+        return
+    try:
+        targets = config.lora_targets
+    except ValueError as error:
+        raise BadInput(f"{path}: [adapter] {error}") from None
+    if not any(target.lr for target in targets.values()):
+        return
+    if not config.optimizer.scales_with_lr:
+        raise BadInput(
+            f"{path}: [[adapter.targets]] lr: {config.optimizer.type} has one learning rate for "
+            "all; leave it out, or choose another optimizer"
+        )
+    if config.force_constant_lr is not None:
+        raise BadInput(
+            f"{path}: force_constant_lr is that of all targets; remove lr of [[adapter.targets]]"
+        )
+
+
 def load_dataset(path: Path) -> DatasetConfig:
     """Reads the dataset file; raises BadInput as ``load_config`` does."""
-    dataset = _validate(DatasetConfig, _read_toml(path), path)
+    dataset = _validate(DatasetConfig, read_toml(path), path)
     for number, own in enumerate(dataset.directory):
         for name in ("path", "mask_path", "default_mask_file", "first_frame_path"):
             if "\0" in (getattr(own, name) or ""):
@@ -404,35 +411,6 @@ def load_dataset(path: Path) -> DatasetConfig:
 def dump_config(config: Table) -> str:
     """Writes a resolved config as TOML, defaults included, unset keys left out."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such config file") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder, a TOML file was expected") from None
-    except ValueError as error:  # of tomllib, of the encoding, of a number with too many digits
-        raise BadInput(f"{path}: is not valid TOML ({error})") from None
-    except RecursionError:
-        raise BadInput(f"{path}: is not valid TOML (nested too deeply)") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise BadInput(f"override {override!r}: expected key.path=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *tables, last = key.strip().split(".")
-    for name in tables:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise BadInput(f"override {override!r}: {name} is not a table")
-    tree[last] = value
 
 
 def _read_optimizer(tree: dict[str, Any], path: Path) -> Options:

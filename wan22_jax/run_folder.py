@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wan22_jax.adapter_targets import TARGETS, describe_targets, parse_targets
 from wan22_jax.checkpoint import find_run, read_meta
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.data.loader import Loader
@@ -23,6 +24,7 @@ def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[s
     return {
         "rank": rank,
         "alpha": float(rank if config.adapter.alpha is None else config.adapter.alpha),
+        "targets": describe_targets(config.lora_targets),
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
@@ -52,6 +54,13 @@ def open_run(
                 f"{run_dir}: was trained with {what} {saved[name]}, the config has {meta[name]}; "
                 "resume with the original or start a new run"
             )
+    before = describe_targets(parse_targets(saved, TARGETS))
+    if before != meta["targets"]:
+        raise BadInput(
+            f"{run_dir}: was trained with other targets than [adapter] chooses now "
+            f"({', '.join(_list_changes(before, meta['targets']))}); resume with the "
+            "original or start a new run"
+        )
     for change in _list_changes(saved, meta):
         log.info("changed since the checkpoint: %s", change)
     return run_dir

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
 from wan22_jax.config import load_config
 from wan22_jax.errors import run_command
@@ -126,11 +127,14 @@ def train(
         schedule=schedule,
         gradient_clipping=config.gradient_clipping,
         global_batch=config.global_batch,
+        lr_ratios=config.lr_ratios,
     )
     with explain_exhaustion(plan):
         # Placing copies each block: from the host, so that no weight is on the device twice.
         model = load_transformer(model_folder, dtype=dtype, host=True)
-        model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
+        add_adapter(model, lora_key, config.lora_targets)
+        if config.adapter and config.adapter.init_from_existing and not resume:
+            log.info("%s", start_from_existing(model, Path(config.adapter.init_from_existing)))
         graphdef, trainable, frozen = split_model(model)
         state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
         state, draw_key = jax.device_put((state, draw_key), sharding)

@@ -36,16 +36,29 @@ def init_lora(
 
 
 def join_low_rank(parts: Sequence[LowRank | None]) -> LowRank | None:
-    """Joins what adapters of one rank add to linears that read the same rows; None adds zero.
+    """Joins what adapters add to linears that read the same rows; None adds zero.
 
-    Leading axes (stacked layers) are kept.
+    Ranks lower than the largest are padded with zeros, which are not parameters and get no
+    gradient. Leading axes (stacked layers) are kept.
     """
     present = [part for part in parts if part is not None]
     if not present:
         return None
     zero = jax.tree.map(jnp.zeros_like, present[0])
-    all_a, all_b = zip(*(part or zero for part in parts), strict=True)
+    largest = max(part.matrix_a.shape[-2] for part in present)
+    all_a, all_b = zip(*(_pad_rank(part or zero, largest) for part in parts), strict=True)
     return LowRank(jnp.concatenate(all_a, axis=-2), sum(all_b, ()))
+
+
+def _pad_rank(part: LowRank, rank: int) -> LowRank:
+    missing = rank - part.matrix_a.shape[-2]
+    if missing == 0:
+        return part
+    stack = [(0, 0)] * (part.matrix_a.ndim - 2)
+    matrix_a = jnp.pad(part.matrix_a, [*stack, (0, missing), (0, 0)])
+    return LowRank(
+        matrix_a, tuple(jnp.pad(b, [*stack, (0, 0), (0, missing)]) for b in part.matrices_b)
+    )
 
 
 def round_low_rank(trained: LowRank | None, dtype: DTypeLike) -> LowRank | None:
