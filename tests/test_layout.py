@@ -20,6 +20,7 @@ LAYERS = [
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
     {"wan22_jax.model.fused"},
     {"wan22_jax.model.matmul"},
+    {"wan22_jax.model.dropped"},
     {"wan22_jax.model.linear"},
     {"wan22_jax.model.layers"},
     {"wan22_jax.model.vae_layers", "wan22_jax.model.embeddings", "wan22_jax.model.block_weights"},

@@ -154,6 +154,7 @@ def train(
             config.tasks,
             config.penalty,
             activation_checkpointing=config.activation_checkpointing,
+            lora_dropout=0.0 if config.adapter is None else config.adapter.dropout,
             ema_decay=config.ema_decay,
         ),
         sharding=sharding,

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
 from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
-from wan22_jax.model.lora import LoRAParam
+from wan22_jax.model.lora import Dropout, LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
-from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
+from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
 from wan22_jax.training.optimizer_options import optimizer_metrics
 
 
@@ -42,6 +42,7 @@ class StepSettings:
     tasks: TaskMix = TEXT_ALONE
     penalty: Penalty = SQUARED
     activation_checkpointing: bool | str = False  # what the backward pass keeps, remat.POLICIES
+    lora_dropout: float = 0.0
     ema_decay: float = 0.0  # what the average keeps of itself at each step; 0 for none
 
 
@@ -150,6 +151,7 @@ def loss_fn(
     text_BSE: Float[Array, "B S E"],
     draws: Draws,
     mask_BYX: Float[Array, "B Y X"] | None = None,
+    dropout: Dropout | None = None,
     *,
     graphdef: nnx.GraphDef,
     settings: StepSettings,
@@ -164,6 +166,7 @@ def loss_fn(
         text_BSE,
         activation_checkpointing=settings.activation_checkpointing,
         parts=frozen.parts,
+        dropout=dropout,
     )
     loss_B = velocity_loss(
         velocity_BTYXC,
@@ -213,15 +216,18 @@ def train_step(
         grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
     ) -> tuple[nnx.State, tuple[Array, Metrics]]:
         latents_BTYXC, text_BSE, mask_BYX, index = micro
+        positions_B = index * batch_size + jnp.arange(batch_size)
         draws = draw_examples(
             step_key,
-            index * batch_size + jnp.arange(batch_size),
+            positions_B,
             sigma_grid=sigma_grid,
             shape_TYXC=latents_BTYXC.shape[1:],
             tasks=settings.tasks,
         )
         (loss, loss_B), new_grads = grad_fn(
-            state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX
+            state.trainable,
+            *(frozen, latents_BTYXC, text_BSE, draws, mask_BYX),
+            draw_dropout(step_key, positions_B, rate=settings.lora_dropout),
         )
         examples = {"loss_AB": loss_B, "sigma_AB": draws.sigma, "task_AB": draws.task}
         grads = jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads)
