@@ -29,7 +29,6 @@ from random_model import (
     add_lora,
     add_step_arguments,
     build_step,
-    count_flops,
     limit_memory,
     make_model,
     place,
@@ -40,6 +39,7 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.training.flops import count_flops
 from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import init_state, split_model

@@ -12,7 +12,7 @@ FILES = sorted([*(ROOT / "wan22_jax").rglob("*.py"), *(ROOT / "convert").rglob("
 # Lower may not import higher. A file that is not named here belongs to its folder's layer.
 LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
-    {"wan22_jax.toml_tables"},
+    {"wan22_jax.toml_file"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
@@ -35,7 +35,9 @@ LAYERS = [
         "wan22_jax.data.index",
         "wan22_jax.training.prodigy",
     }
-    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"},
+    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
+    | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"},
+    {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
     {"wan22_jax.data.cache", "wan22_jax.training.optimizer_options"},
     {"wan22_jax.training.draws"},
     {
@@ -52,8 +54,9 @@ LAYERS = [
     {"wan22_jax.adapter", "wan22_jax.config"},
     {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"}
     | {"wan22_jax.training.optimizer"},
-    {"wan22_jax.examples"},
-    {"wan22_jax.evaluation"},
+    {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
+    {"wan22_jax.evaluation", "wan22_jax.report"},
+    {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},

@@ -6,7 +6,6 @@ that says so, unless it asks for what happens anyway.
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +18,7 @@ from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
 from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
-from wan22_jax.toml_tables import Table, apply_override, read_toml
+from wan22_jax.toml_file import Table, apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.optimizer_options import (
     AdamW,
@@ -59,6 +58,18 @@ class ModelConfig(Table):
     llm_path: str | None = None
     cache_text_embeddings: bool = True
     text_encoder_fp8: bool = False
+
+
+class MonitoringConfig(Table):
+    """The ``[monitoring]`` table: Weights & Biases, beside TensorBoard.
+
+    The key is never written: neither into the run's copy of the config nor into a checkpoint.
+    """
+
+    enable_wandb: bool = False
+    wandb_api_key: str | None = Field(default=None, exclude=True, repr=False)
+    wandb_tracker_name: str | None = None
+    wandb_run_name: str | None = None
 
 
 class EvalDataset(Table):
@@ -138,21 +149,22 @@ class TrainConfig(Table):
     checkpoint_every_n_minutes: float | None = Field(None, gt=0)
     resume_from_checkpoint: bool | str = False
     logging_steps: int = Field(1, ge=1)
+    steps_per_print: int | None = Field(None, ge=1)
+    x_axis_examples: bool = False
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     uncond_fraction: float = Field(0.0, ge=0, le=1)
     video_clip_mode: ClipMode = "single_beginning"
+    # Keys of diffusion-pipe that change nothing here (see _IGNORED).
+    caching_batch_size: int | None = Field(None, ge=1)
+    map_num_proc: int | None = Field(None, ge=1)
+    compile: bool | None = None
+    partition_method: str | None = None
+    partition_split: list[int] | None = None
+    reentrant_activation_checkpointing: bool | None = None
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
     save_every_n_examples: Any = None
     save_dtype: Any = None
-    x_axis_examples: Any = None
-    steps_per_print: Any = None
-    monitoring: Any = None
-    caching_batch_size: Any = None
-    map_num_proc: Any = None
-    compile: Any = None
     pipeline_stages: Any = None
-    partition_method: Any = None
-    partition_split: Any = None
-    reentrant_activation_checkpointing: Any = None
 
     @property
     def learning_rate(self) -> float:
@@ -306,19 +318,20 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
     "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
-    "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
-    "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
-    "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
-    "caching_batch_size": ((None, 1), f"caching in batches {_LATER_VERSION}; use 1"),
-    "map_num_proc": ((None,), "wan22-cache chooses its own parallelism; leave it out"),
-    "compile": ((None, True), "the train step is always compiled; leave it out"),
     "pipeline_stages": ((None, 1), _DEEPSPEED),
-    "partition_method": ((None, "parameters"), _DEEPSPEED),
-    "partition_split": ((None,), _DEEPSPEED),
-    "reentrant_activation_checkpointing": ((None, False), "belongs to torch; leave it out"),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
+}
+
+# key -> why leaving it out trains the same; such a key is accepted with whatever value
+_IGNORED = {
+    "caching_batch_size": "wan22-cache chooses its batches by the memory that there is",
+    "map_num_proc": "wan22-cache chooses its own parallelism",
+    "compile": "the train step is always compiled",
+    "partition_method": "it splits layers among pipeline stages, of which there is one",
+    "partition_split": "it splits layers among pipeline stages, of which there is one",
+    "reentrant_activation_checkpointing": "it chooses between two ways of torch to recompute",
 }
 
 TableT = TypeVar("TableT", bound=BaseModel)
@@ -365,6 +378,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
     return config
+
+
+def list_ignored(config: TrainConfig) -> list[str]:
+    """Says of each key that is set and changes nothing why it does not."""
+    return [
+        f"{key} has no effect: {reason}"
+        for key, reason in _IGNORED.items()
+        if getattr(config, key) is not None
+    ]
 
 
 def _check_eval_sets(config: TrainConfig, path: Path) -> None:
@@ -441,21 +463,14 @@ def _validate(table: type[TableT], tree: dict[str, Any], path: Path, *, prefix: 
 
 
 def _describe(table: type[BaseModel], problem: Any, prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in problem["loc"])
+    problem = problem | {"loc": (*filter(None, [prefix.rstrip(".")]), *problem["loc"])}
     if problem["type"] == "extra_forbidden" and issubclass(table, Options):
+        key = problem["loc"][-1]
         own = [name for name in table.model_fields if name != "type"]
-        near = difflib.get_close_matches(key.removeprefix(prefix), own, n=1)
+        near = difflib.get_close_matches(str(key), own, n=1)
         meant = f", did you mean {prefix}{near[0]}?" if near else ""
-        return f"unknown key {key}{meant} ({table.__name__} takes {', '.join(own)})"
-    if problem["type"] == "extra_forbidden":
-        known = _keys(table)
-        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1
-        )
-        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
-    if problem["type"] == "missing":
-        return f"key {key} is missing"
-    return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
+        return f"unknown key {prefix}{key}{meant} ({table.__name__} takes {', '.join(own)})"
+    return describe_problem(table, problem)
 
 
 def _describe_policy(value: bool | str) -> str:
@@ -466,16 +481,6 @@ def _describe_policy(value: bool | str) -> str:
         + (f", did you mean {near[0]}?" if near else "")
         + f" (known: {', '.join(known)})"
     )
-
-
-def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in table.model_fields.items():
-        keys.append(prefix + name)
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, Table):
-                keys += _keys(candidate, f"{prefix}{name}.")
-    return keys
 
 
 def _refuse_unsupported(config: Table, path: Path, prefix: str = "") -> None:

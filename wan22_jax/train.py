@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
-from wan22_jax.config import load_config
+from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
+from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
 from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
@@ -25,6 +25,7 @@ from wan22_jax.model_folder import (
     load_transformer,
     read_model_card,
 )
+from wan22_jax.monitoring import open_progress
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.sharding import (
     claim_gpu,
@@ -33,9 +34,9 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
-from wan22_jax.training.cadence import is_due
+from wan22_jax.training.cadence import eval_is_due, is_due
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
-from wan22_jax.training.metrics import Progress, StepReport
+from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import describe_optimizer, make_optimizer, make_schedule
 from wan22_jax.training.step import (
     StepSettings,
@@ -45,6 +46,7 @@ from wan22_jax.training.step import (
     split_model,
     split_seed,
 )
+from wan22_jax.watch import add_watch_arguments, watch
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-train", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="the training TOML file")
+    parser.add_argument("--config", type=Path, help="the training TOML file")
+    add_watch_arguments(parser)
     parser.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -69,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.propagate = False  # a library may have set up the root logger in its own format
     for name in ("absl", "asyncio"):  # Orbax logs, page by page, what it raises anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if args.status or args.report:
+        return run_command(lambda: watch(args))
+    if args.config is None:
+        parser.error("--config is needed to train")
     overrides, resume = args.overrides, args.resume_from_checkpoint
     if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
         overrides, resume = [resume, *overrides], True
@@ -101,9 +108,12 @@ def train(
         transformer_dtype=config.model.transformer_dtype,
     )
     loader = open_loader(config, card)
-    for line in loader.report:
+    for line in [*list_ignored(config), *loader.report]:
         log.info("%s", line)
     log.info("%d steps an epoch", loader.steps_per_epoch)
+    eval_sets = open_eval_sets(config, card)
+    for name, examples in eval_sets.items():
+        log.info("evaluation set %s: %d examples", name, len(examples))
     total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
@@ -159,6 +169,9 @@ def train(
         ),
         sharding=sharding,
     )
+    evaluator = make_evaluator(
+        config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding
+    )
 
     with open_checkpoints(run_dir) as checkpoints:
         if resume:
@@ -167,15 +180,20 @@ def train(
         log.info("run %s: %d steps done, of %d", run_dir, first_step, total_steps)
         if first_step >= total_steps:
             log.info("nothing is left to do; raise epochs or max_steps to train on")
-        progress = Progress(
+        progress = open_progress(
+            config,
             run_dir,
+            steps_per_epoch=loader.steps_per_epoch,
+            model=card.transformer,
+            schedule=schedule,
             first_step=first_step,
             total_steps=total_steps,
-            logging_steps=config.logging_steps,
         )
         saved_at, saved_step = time.monotonic(), first_step
         grids: dict[Bucket, jax.Array] = {}
         with progress:
+            if evaluator and config.eval_before_first_step and not resume:
+                evaluate(evaluator, state, progress, first_step)
             for step, item in zip(
                 range(first_step, total_steps), loader.iterate(first_step), strict=False
             ):
@@ -187,12 +205,12 @@ def train(
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
                     done, epoch = step + 1, step // loader.steps_per_epoch + 1
                     ends_epoch = done % loader.steps_per_epoch == 0
-                    num_tokens = item.bucket.num_tokens * len(item.clips)
-                    lr = float(np.asarray(schedule(step)))
                     progress.push(
-                        StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
+                        StepReport(done, epoch, ends_epoch, item.bucket, metrics, item.clips),
                         new_program=is_new,
                     )
+                if evaluator and eval_is_due(config, done, epoch, ends_epoch):
+                    evaluate(evaluator, state, progress, done)
                 minutes = (time.monotonic() - saved_at) / 60
                 if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
                     progress.flush()
