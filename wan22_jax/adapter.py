@@ -286,7 +286,8 @@ def _sort_by_target(tensors: Mapping[str, np.ndarray], source: str) -> _Layers:
             unknown.append(name)
             continue
         layer, target, kind = match.groups()
-        of_target = layers.setdefault(_KOHYA.get(target, target), {})
+        target = _KOHYA.get(target, target)
+        of_target = layers.setdefault(target, {})
         of_layer, kind = of_target.setdefault(int(layer), {}), _KINDS.get(kind, kind)
         if kind in of_layer:
             raise BadInput(f"{source}: has {target}.{kind} of layer {layer} under two names")
