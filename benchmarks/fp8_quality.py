@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from PIL import Image, ImageDraw
 from random_model import (
@@ -43,6 +44,7 @@ from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
 from wan22_jax.training.draws import TaskMix, draw_example
 from wan22_jax.training.optimizer import make_optimizer
+from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import init_state, split_model
 
 LEAST_COSINE = 0.99
@@ -226,9 +228,8 @@ def train_curves(dtype: str, args: argparse.Namespace) -> np.ndarray:
     config, mesh = args.config, make_mesh()
     sharding = replicated(mesh)
     model = make_model(config, dtype=dtype, seed=BASE_SEED, sharpness=args.sharpness)
-    optimizer = make_optimizer(
-        args.lr, warmup_steps=20, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
-    )
+    schedule = optax.linear_schedule(args.lr / 20, args.lr, 20)
+    optimizer = make_optimizer(AdamW(), schedule=schedule, gradient_clipping=1.0)
     latents_NTYXC, text_NSE = make_clips(config, args.bucket, num_clips=NUM_CLIPS, seed=CLIP_SEED)
     batches = [
         jax.device_put(Batch(latents_NTYXC[None, [clip]], text_NSE[None, [clip]]), sharding)

@@ -41,6 +41,7 @@ from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
 from wan22_jax.training.flops import count_flops
 from wan22_jax.training.optimizer import make_optimizer
+from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import init_state, split_model
 
 NUM_TRACED = 2  # steps in a profile
@@ -166,9 +167,7 @@ def pinned_bytes(step: jax.stages.Compiled) -> int:
 
 def make_adamw() -> optax.GradientTransformation:
     """The optimizer of the published figures."""
-    return make_optimizer(
-        1e-4, warmup_steps=0, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
-    )
+    return make_optimizer(AdamW(), schedule=optax.constant_schedule(1e-4), gradient_clipping=1.0)
 
 
 def make_batch(config: TransformerConfig, bucket: Bucket, batch_size: int) -> Batch:

@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument("--ema", action="store_true", help="the average that ema_decay makes")
+    average.add_argument("--raw", action="store_true", help="the weights themselves (default)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: save_dtype, or dtype of [adapter]"
     )
@@ -39,6 +42,7 @@ def export_adapter(
     out: Path,
     *,
     step: int | None = None,
+    ema: bool = False,
     dtype: str | None = None,
     base_digest: str | None = None,
     overwrite: bool = False,
@@ -49,6 +53,7 @@ def export_adapter(
         checkpoint: a run of wan22-train, its checkpoints folder or one of its checkpoints.
         out: the file; its folder is made if need be.
         step: which checkpoint of the run; the newest by default.
+        ema: write the average over the steps (``ema_decay``) instead of the weights themselves.
         dtype: one of DTYPES; by default the run's ``save_dtype``, else that of ``[adapter]``.
         base_digest: digest of the transformer that the LoRA must have been trained on.
         overwrite: replace an existing file.
@@ -63,7 +68,7 @@ def export_adapter(
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
     if not checkpoint.is_dir():
         raise BadInput(f"{checkpoint}: is not a folder; give a run folder made by wan22-train")
-    trained = load_adapter(checkpoint, step=step, base_digest=base_digest)
+    trained = load_adapter(checkpoint, step=step, ema=ema, base_digest=base_digest)
     return write_proven(trained, out, dtype=dtype)
 
 
@@ -73,6 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         args.checkpoint,
         args.out,
         step=args.step,
+        ema=args.ema,
         dtype=args.dtype,
         base_digest=base_digest,
         overwrite=args.overwrite,
@@ -80,8 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     tensors = to_comfyui(adapter)
     dtype = next(iter(adapter.matrices.values())).dtype
     sys.stdout.write(
-        f"wrote {args.out}: {len(tensors)} tensors, {dtype}, rank {adapter.rank}, "
-        f"alpha {adapter.alpha:g}, step {adapter.metadata['step']}, "
+        f"wrote {args.out}: {len(tensors)} tensors, {dtype}, {adapter}, "
+        f"step {adapter.metadata['step']}, "
         f"{args.out.stat().st_size / 1e6:.1f} MB; read back and equal bit by bit\n"
     )
 

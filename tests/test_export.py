@@ -57,7 +57,8 @@ def make_matrices(*, dim: int, ffn_dim: int, num_layers: int, rank: int) -> dict
 
 def make_adapter(**changes: object) -> Adapter:
     matrices = make_matrices(dim=24, ffn_dim=40, num_layers=3, rank=RANK)
-    return replace(Adapter(matrices, RANK, ALPHA, {"format": "pt"}, source="mine"), **changes)
+    alphas = dict.fromkeys(TARGETS, ALPHA)
+    return replace(Adapter(matrices, alphas, {"format": "pt"}, source="mine"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def run_dir(trained: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_names_are_the_600_of_comfyui():
     matrices = make_matrices(dim=2, ffn_dim=3, num_layers=30, rank=1)
-    tensors = to_comfyui(Adapter(matrices, rank=1, alpha=1.0, metadata={}, source="mine"))
+    tensors = to_comfyui(Adapter(matrices, dict.fromkeys(TARGETS, 1.0), {}, source="mine"))
     attention = [f"{a}.{n}" for a in ("self_attn", "cross_attn") for n in ("q", "k", "v", "o")]
     assert set(tensors) == {
         f"diffusion_model.blocks.{layer}.{target}.lora_{side}.weight"
@@ -132,7 +133,7 @@ def test_alpha_is_written_exactly_when_it_is_not_the_rank():
     def alphas(adapter: Adapter) -> dict[str, np.ndarray]:
         return {name: a for name, a in to_comfyui(adapter).items() if name.endswith(".alpha")}
 
-    assert not alphas(make_adapter(alpha=float(RANK)))
+    assert not alphas(make_adapter(alphas=dict.fromkeys(TARGETS, float(RANK))))
     written = alphas(make_adapter())
     assert set(written) == {
         f"diffusion_model.blocks.{i}.{target}.alpha" for i in range(3) for target in TARGETS
@@ -142,9 +143,10 @@ def test_alpha_is_written_exactly_when_it_is_not_the_rank():
 
 @pytest.mark.parametrize("alpha", [ALPHA, float(RANK)])
 def test_names_are_a_bijection(alpha: float):
-    adapter = make_adapter(alpha=alpha)
+    adapter = make_adapter(alphas=dict.fromkeys(TARGETS, alpha))
     back = from_comfyui(to_comfyui(adapter), metadata=adapter.metadata, source="file")
-    assert (back.rank, back.alpha, back.metadata) == (RANK, alpha, {"format": "pt"})
+    assert (back.ranks, back.alphas) == (dict.fromkeys(TARGETS, RANK), adapter.alphas)
+    assert back.metadata == {"format": "pt"}
     assert back.matrices.keys() == adapter.matrices.keys()
     for name, matrix in adapter.matrices.items():
         np.testing.assert_array_equal(back.matrices[name], matrix)
@@ -184,7 +186,7 @@ def test_strength_scales_the_adapter_and_attaching_again_replaces_it(
     np.testing.assert_array_equal(velocity, predict(halved))
     assert np.abs(velocity - trained_velocity).max() > 1e-2
     only_q = {name: m for name, m in adapter.matrices.items() if ".self_attn.q." in name}
-    attach_adapter(loaded, replace(adapter, matrices=only_q))
+    attach_adapter(loaded, replace(adapter, matrices=only_q, alphas={"self_attn.q": ALPHA}))
     adapted = [path for path, linear in loaded.lora_targets() if linear.lora_A is not None]
     assert adapted == ["blocks.self_attn.q"]
 
@@ -234,7 +236,7 @@ def test_existing_file_is_replaced_only_when_told(run_dir: Path, tmp_path: Path)
         export_adapter(run_dir, out)
     assert out.read_text() == "precious"
     export_adapter(run_dir, out, overwrite=True)
-    assert load_adapter(out).rank == RANK
+    assert load_adapter(out).ranks["ffn.0"] == RANK
 
 
 def test_other_base_model_is_refused(run_dir: Path, tmp_path: Path):
@@ -246,7 +248,9 @@ def test_other_base_model_is_refused(run_dir: Path, tmp_path: Path):
     with pytest.raises(BadInput, match=rf"lora\.safetensors.*{DIGEST}.*{other}"):
         load_adapter(tmp_path / "lora.safetensors", base_digest=other)
     write_adapter(make_adapter(), tmp_path / "stranger.safetensors")
-    assert load_adapter(tmp_path / "stranger.safetensors", base_digest=other).alpha == ALPHA
+    assert (
+        load_adapter(tmp_path / "stranger.safetensors", base_digest=other).alphas["ffn.0"] == ALPHA
+    )
 
 
 def test_values_that_do_not_fit_the_dtype_are_refused(
@@ -331,10 +335,11 @@ Q0 = "diffusion_model.blocks.0.self_attn.q"
         (drop(f"{Q0}.alpha"), rf"missing: {Q0}\.alpha$"),
         (put("diffusion_model.blocks.3.ffn.0.lora_A.weight", 4, 24), "missing: .* and 21 more"),
         (put("diffusion_model.blocks.00.ffn.0.alpha"), r"unknown: diffusion_model\.blocks\.00\."),
-        (put("lora_unet_blocks_0_self_attn_q.alpha"), "unknown: lora_unet_blocks_0_self_attn_q"),
+        (put("lora_unet_blocks_0_self_attn_q.alpha"), r"self_attn\.q\.alpha of layer 0 under two"),
+        (put("lora_unet_blocks_0_attn1_q.alpha"), "unknown: lora_unet_blocks_0_attn1_q"),
         (put("diffusion_model.head.head.lora_A.weight"), r"unknown: diffusion_model\.head\.head"),
         (put(f"{Q0}.lora_A.weight", 5, 24), r"self_attn\.q\.lora_A: matrices alike"),
-        (put(f"{Q0}.alpha", value=7), r"one alpha.*\[6\.0, 7\.0\]"),
+        (put(f"{Q0}.alpha", value=7), r"one alpha.*of self_attn\.q .*\[6\.0, 7\.0\]"),
         (put(f"{Q0}.lora_B.weight"), r"self_attn\.q\.lora_B: matrices alike"),
         (lambda tensors: tensors.clear(), "holds no tensors"),
     ],
@@ -348,12 +353,12 @@ def test_strange_files_are_refused_by_name(change, message: str, tmp_path: Path)
         load_adapter(path)
 
 
-def test_two_ranks_in_one_file_are_refused(tmp_path: Path):
+def test_two_ranks_of_one_linear_are_refused(tmp_path: Path):
     matrices = make_adapter().matrices
     matrices["blocks.ffn.0.lora_A"] = np.ones((3, 5, 24), np.float32)
     path = tmp_path / "lora.safetensors"
     write_adapter(make_adapter(matrices=matrices), path)
-    with pytest.raises(BadInput, match=r"rank 4 .*blocks\.ffn\.0\.lora_A is \[5, 24\]"):
+    with pytest.raises(BadInput, match=r"one rank .* at ffn\.0, lora_A is \[5, 24\] and lora_B is"):
         load_adapter(path)
 
 
@@ -378,7 +383,10 @@ def test_adapter_of_another_size_is_not_attached(num_layers: int, model: WanTran
     ):
         attach_adapter(
             target,
-            make_adapter(matrices={n: m for n, m in matrices.items() if ".ffn.0" in n}),
+            make_adapter(
+                matrices={n: m for n, m in matrices.items() if ".ffn.0" in n},
+                alphas={"ffn.0": ALPHA},
+            ),
         )
     assert dict(target.lora_targets())["blocks.ffn.0"].lora_A is None
 

@@ -12,13 +12,15 @@ FILES = sorted([*(ROOT / "wan22_jax").rglob("*.py"), *(ROOT / "convert").rglob("
 # Lower may not import higher. A file that is not named here belongs to its folder's layer.
 LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
-    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"}
-    | {"wan22_jax.toml_file"},
+    {"wan22_jax.toml_file"},
+    {"wan22_jax.adapter_targets"},
+    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
     {"wan22_jax.model.fused"},
     {"wan22_jax.model.matmul"},
+    {"wan22_jax.model.dropped"},
     {"wan22_jax.model.linear"},
     {"wan22_jax.model.layers"},
     {"wan22_jax.model.vae_layers", "wan22_jax.model.embeddings", "wan22_jax.model.block_weights"},
@@ -31,14 +33,19 @@ LAYERS = [
         "wan22_jax.data.buckets",
         "wan22_jax.data.batching",
         "wan22_jax.data.index",
-        "wan22_jax.training.optimizer",
+        "wan22_jax.training.prodigy",
     }
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
     | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"},
     {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
-    {"wan22_jax.data.cache"},
+    {"wan22_jax.data.cache", "wan22_jax.training.optimizer_options"},
     {"wan22_jax.training.draws"},
-    {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
+    {
+        "wan22_jax.training.step",
+        "wan22_jax.training.metrics",
+        "wan22_jax.training.averages",
+        "wan22_jax.data.survey",
+    },
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
     | {"wan22_jax.data.preflight_page"},
     {"wan22_jax.data.eval_clips"},
@@ -46,7 +53,8 @@ LAYERS = [
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
     {"wan22_jax.adapter", "wan22_jax.config"},
     {"wan22_jax.dataset", "wan22_jax.training.cadence", "wan22_jax.training.retention"}
-    | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"},
+    | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"}
+    | {"wan22_jax.training.optimizer"},
     {"wan22_jax.run_folder", "wan22_jax.saving"},
     {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
     {"wan22_jax.evaluation", "wan22_jax.report"},

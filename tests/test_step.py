@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,7 +16,8 @@ from wan22_jax.model.flow import SQUARED, sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.draws import Draws, TaskMix, draw_example
-from wan22_jax.training.optimizer import make_optimizer, warmup_constant
+from wan22_jax.training.optimizer import make_optimizer
+from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import (
     Frozen,
     StepSettings,
@@ -64,9 +66,8 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
     """The compiled step, its frozen weights and a function that makes fresh states for it."""
     sharding = replicated(make_mesh())
     graphdef, trainable, frozen = split_model(make_model())
-    optimizer = make_optimizer(
-        lr, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8, max_grad_norm=1.0
-    )
+    schedule = optax.linear_schedule(lr / 4, lr, 4)
+    optimizer = make_optimizer(AdamW(), schedule=schedule, gradient_clipping=1.0)
     step = compile_train_step(
         graphdef,
         optimizer,
@@ -363,37 +364,3 @@ def test_adapter_covers_the_ten_linears_of_each_block():
     matrix = np.asarray(arrays["blocks.ffn.2.lora_A"])
     assert 0.8 / np.sqrt(48) < np.abs(matrix).max() <= 1 / np.sqrt(48)
     assert np.any(matrix[0] != matrix[1])
-
-
-def test_warm_up_follows_diffusion_pipe():
-    schedule = warmup_constant(2e-5, 100)
-    np.testing.assert_allclose(schedule(0), 2e-7, rtol=1e-5)
-    np.testing.assert_allclose(schedule(78), 1.5644e-5, rtol=1e-6)  # its issue 179's log
-    np.testing.assert_allclose(schedule(100), 2e-5, rtol=1e-6)
-    np.testing.assert_allclose(schedule(5000), 2e-5, rtol=1e-6)
-
-
-def test_clipping_limits_the_update_norm():
-    optimizer = make_optimizer(
-        1.0, warmup_steps=0, betas=(0.0, 0.0), weight_decay=0.0, eps=1e3, max_grad_norm=1.0
-    )
-    params = {"a": jnp.zeros(4)}
-    small, _ = optimizer.update({"a": jnp.full(4, 0.1)}, optimizer.init(params), params)
-    large, _ = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(params), params)
-    np.testing.assert_allclose(small["a"], -0.1 / 1e3, rtol=1e-3)
-    np.testing.assert_allclose(large["a"], -0.5 / 1e3, rtol=1e-3)
-
-
-def test_optimizer_warms_up_decays_and_averages():
-    optimizer = make_optimizer(
-        0.1, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.5, eps=1e-8, max_grad_norm=0.0
-    )
-    params, ones = {"a": jnp.full(4, 2.0)}, {"a": jnp.ones(4)}
-    state = optimizer.init(params)
-    for rate in (0.025, 0.04375, 0.0625, 0.08125, 0.1, 0.1):  # 2 weight_decay + 1 of Adam
-        updates, state = optimizer.update(ones, state, params)
-        np.testing.assert_allclose(updates["a"], -2 * rate, rtol=1e-4)
-    state = optimizer.init(params)
-    for gradient in (1.0, -1.0):
-        updates, state = optimizer.update({"a": jnp.full(4, gradient)}, state, params)
-    np.testing.assert_allclose(updates["a"], -0.04375 * (1 - 0.1 / 1.9), rtol=1e-4)

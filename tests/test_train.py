@@ -33,6 +33,7 @@ from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER, TINY_TRANSFORMER, write
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
+from wan22_jax.training.optimizer_options import AdamW
 
 BUCKET = Bucket(32, 32, 5)
 CLIPS = 3  # a step each
@@ -193,11 +194,17 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     for name in ("load_transformer", "split_model", "make_optimizer"):
         record(name)
     record("place_frozen")
+    record("make_schedule")
     record("compile_train_step", stop=True)
     settings = ["seed=7", "i2v_fraction=0.75", "activation_checkpointing=true", "warmup_steps=9"]
     settings += ["gradient_accumulation_steps=3", "gradient_clipping=0.5", "adapter.alpha=6"]
     settings += ["optimizer.lr=3e-3", "optimizer.betas=[0.5, 0.6]", "optimizer.weight_decay=0.25"]
-    settings += ["optimizer.eps=1e-5", "model.transformer_dtype=float32", "blocks_to_swap=1"]
+    settings += [
+        "optimizer.eps=1e-5",
+        "optimizer.beta2_half_life=60",
+        "model.transformer_dtype=float32",
+        "blocks_to_swap=1",
+    ]
     with pytest.raises(Reached):
         train.train(Path("lora.toml"), settings)
     loader = calls["make_loader"]
@@ -206,9 +213,13 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     scales = {linear.lora_scale for _, linear in calls["split_model"][0].lora_targets()}
     assert scales == {6 / 2}
     optimizer = calls["make_optimizer"]
-    assert (optimizer[0], optimizer["warmup_steps"], optimizer["max_grad_norm"]) == (3e-3, 9, 0.5)
-    assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
-    assert optimizer["weight_decay"] == 0.25
+    assert optimizer[0] == AdamW(
+        lr=3e-3, betas=[0.5, 0.6], eps=1e-5, weight_decay=0.25, beta2_half_life=60.0
+    )
+    assert (optimizer["gradient_clipping"], optimizer["global_batch"]) == (0.5, 3)
+    assert calls["make_schedule"][0].warmup_steps == 9
+    assert calls["make_schedule"]["total_steps"] == 2  # of one epoch each
+    assert optimizer["schedule"](0) == pytest.approx(3e-3 / 9)
     step = calls["compile_train_step"]
     settings = step[2]
     assert (settings.tasks.i2v_fraction, settings.activation_checkpointing) == (0.75, True)

@@ -28,7 +28,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from wan22_jax.errors import BadInput, is_full_disk
-from wan22_jax.training.step import TrainState
+from wan22_jax.training.averages import average_of_arrays
+from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, find_optimizer
+from wan22_jax.training.step import TrainState, start_ema
 
 VERSION = 2
 FOLDER = "checkpoints"
@@ -245,9 +247,8 @@ def restore_state(
     }
     restored = _read(folder, arguments)
     fields = {name: _rebuild(getattr(like, name), arrays) for name, arrays in restored.items()}
-    average = like._asdict().get("ema")
-    if average is not None and "ema" not in fields:
-        fields["ema"] = jax.tree.map(lambda _, new: new.copy(), average, fields["trainable"])
+    if like.ema is not None and "ema" not in fields:
+        fields["ema"] = start_ema(fields["trainable"])
     count = jax.device_put(np.int32(step), like.step.sharding)
     return like._replace(step=count, **fields), meta
 
@@ -293,16 +294,20 @@ def find_damage(checkpoint: Path, *, items: tuple[str, ...] = ()) -> str | None:
 
 
 def read_trainable(
-    path: Path, step: int | None = None
+    path: Path, step: int | None = None, *, ema: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the adapter (path -> host array) and the meta of one checkpoint.
+    """Reads what was trained (path -> host array) and the meta of one checkpoint.
+
+    Of a schedule-free optimizer that is the average that it has learnt.
 
     Args:
         path: a run folder, its ``checkpoints`` folder, or one step's folder.
         step: which checkpoint; the newest if left out.
+        ema: the average over the steps instead of the weights themselves.
 
     Raises:
-        BadInput: there is no such checkpoint, it was written by another version, or is damaged.
+        BadInput: there is no such checkpoint, it holds no average, it was written by another
+            version, or is damaged.
     """
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
@@ -314,11 +319,24 @@ def read_trainable(
     if step not in steps:
         raise BadInput(f"{folder}: has no checkpoint of step {step}; it has {steps}")
     meta = read_meta(folder / str(step))
-    damage = find_damage(folder / str(step), items=("trainable",))
+    if ema and "ema" not in meta["arrays"]:
+        raise BadInput(
+            f"{folder / str(step)}: holds no average, ema_decay was not set; leave --ema out"
+        )
+    items = ("ema",) if ema else ("trainable",)
+    if not ema and _is_schedule_free(meta):
+        items = ("trainable", "opt_state")
+    damage = find_damage(folder / str(step), items=items)
     if damage is not None:
         raise BadInput(f"{damage}; choose another checkpoint with --step, there are {steps}")
-    saved = _read(folder / str(step), {"trainable": ocp.args.StandardRestore()})["trainable"]
-    return {name: np.asarray(array) for name, array in saved.items()}, meta
+    read = _read(folder / str(step), {name: ocp.args.StandardRestore() for name in items})
+    arrays = {
+        name: {path: np.asarray(array) for path, array in of_item.items()}
+        for name, of_item in read.items()
+    }
+    if "opt_state" in arrays:
+        return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
+    return arrays[items[0]], meta
 
 
 def find_run(output_dir: Path, name: str | None) -> Path:
@@ -356,6 +374,11 @@ def remove_checkpoint(folder: Path, step: int) -> None:
 def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
     """Maps a state to path -> array."""
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _is_schedule_free(meta: dict[str, Any]) -> bool:
+    options = meta["config"].get("optimizer", {})
+    return find_optimizer(options.get("type", "adamw")).options is ScheduleFreeAdamW
 
 
 def _name_arrays(state: TrainState) -> dict[str, dict[str, jax.Array]]:

@@ -11,25 +11,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
+from wan22_jax.adapter_targets import AdapterConfig, LoRATarget, choose_targets, lr_ratios
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
 from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
-from wan22_jax.toml_file import apply_override, describe_problem, read_toml
+from wan22_jax.toml_file import Table, apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
+from wan22_jax.training.optimizer_options import (
+    AdamW,
+    Options,
+    ScheduleFreeAdamW,
+    find_optimizer,
+    refuse_keys,
+)
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
 SaveDtype = Literal["float32", "float16", "bfloat16", "float8", "float8_e4m3fn", "float8_e5m2"]
 ClipMode = Literal["single_beginning", "single_middle", "uniform"]
-
-
-class Table(BaseModel):
-    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Table):
@@ -57,34 +59,6 @@ class ModelConfig(Table):
     llm_path: str | None = None
     cache_text_embeddings: bool = True
     text_encoder_fp8: bool = False
-
-
-class AdapterConfig(Table):
-    """The ``[adapter]`` table. ``dtype`` is the one that wan22-export writes.
-
-    The trained copy is float32 whatever ``dtype`` says: bfloat16 loses small updates. Its matmuls
-    run in the model's dtype.
-    """
-
-    type: Literal["lora", "lokr"] = "lora"
-    rank: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0)
-    dtype: Dtype = "bfloat16"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    exclude_modules: list[str] = []
-    init_from_existing: str | None = None
-
-
-class OptimizerConfig(Table):
-    """The ``[optimizer]`` table; both names mean AdamW on float32 masters."""
-
-    type: str = "adamw"
-    lr: float | None = Field(default=None, gt=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=[0.9, 0.99], min_length=2, max_length=2
-    )
-    weight_decay: float = Field(default=0.01, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
 
 
 class MonitoringConfig(Table):
@@ -127,19 +101,24 @@ class TrainConfig(Table):
     text-to-video, in twice the time.
 
     ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
-    all if there are fewer, keep their frozen weights in host memory. ``save_every_*`` writes the
-    adapter as ``save_dtype``, ``checkpoint_every_*`` the training state; of those all stay, or the
-    last ``keep_last_n_checkpoints``, those of multiples of ``keep_every_n_steps`` and, with
-    ``keep_best_checkpoint``, the one of lowest evaluation loss. A step whose
-    loss or gradient is not finite ends the run, or changes nothing with ``skip_nonfinite_steps``.
-    ``deterministic`` has a GPU compute the same bits every time, at some cost.
+    all if there are fewer, keep their frozen weights in host memory. ``optimizer`` is one of the
+    tables of ``optimizer_options``. ``lr_scheduler`` begins after the warm-up and ends with the
+    run, 'linear' at 0 and 'cosine' at ``lr_min``. ``ema_decay`` is what an average of the weights
+    keeps of itself at each step, 0 for no average.
+
+    ``save_every_*`` writes the adapter as ``save_dtype``, ``checkpoint_every_*`` the training
+    state; of those all stay, or the last ``keep_last_n_checkpoints``, those of multiples of
+    ``keep_every_n_steps`` and, with ``keep_best_checkpoint``, the one of lowest evaluation loss. A
+    step whose loss or gradient is not finite ends the run, or changes nothing with
+    ``skip_nonfinite_steps``. ``deterministic`` has a GPU compute the same bits every time, at some
+    cost.
     """
 
     output_dir: str
     dataset: str
     model: ModelConfig
     adapter: AdapterConfig | None = None
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: SerializeAsAny[Options] = AdamW()
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
     micro_batch_size_per_gpu: BatchSize = 1
@@ -148,7 +127,7 @@ class TrainConfig(Table):
     eval_image_micro_batch_size_per_gpu: BatchSize | None = None
     image_eval_micro_batch_size_per_gpu: BatchSize | None = None  # diffusion-pipe's example's name
     eval_gradient_accumulation_steps: int = Field(1, ge=1)
-    eval_datasets: list[str | EvalDataset] = []
+    eval_datasets: list[str | EvalDataset] = Field(default=[])
     eval_every_n_epochs: int | None = Field(None, ge=1)
     eval_every_n_steps: int | None = Field(None, ge=1)
     eval_every_n_examples: int | None = Field(None, ge=1)
@@ -159,6 +138,10 @@ class TrainConfig(Table):
     gradient_clipping: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_min: float = Field(1e-6, ge=0)
+    force_constant_lr: float | None = Field(None, gt=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**31)
     i2v_fraction: float = Field(0.2, ge=0, le=1)
     i2v_first_frames: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = 1
@@ -195,14 +178,27 @@ class TrainConfig(Table):
     partition_split: list[int] | None = None
     reentrant_activation_checkpointing: bool | None = None
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
-    lr_scheduler: Any = None
-    force_constant_lr: Any = None
     pipeline_stages: Any = None
 
     @property
     def learning_rate(self) -> float:
-        """``[optimizer] lr``, or the top-level ``lr``, or diffusion-pipe's example value."""
-        return self.optimizer.lr or self.lr or 2e-5
+        """``[optimizer] lr``, or the top-level ``lr``, or the optimizer's own default."""
+        return self.optimizer.lr or self.lr or self.optimizer.default_lr
+
+    @property
+    def lora_targets(self) -> dict[str, LoRATarget]:
+        """The adapter of each linear; empty without one."""
+        return {} if self.adapter is None else choose_targets(self.adapter)
+
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        """Of targets with an lr of their own, what that is in proportion to ``learning_rate``."""
+        return lr_ratios(self.lora_targets, self.learning_rate)
+
+    @property
+    def global_batch(self) -> int:
+        """Clips of one step."""
+        return self.micro_batch * self.gradient_accumulation_steps
 
     @property
     def micro_batch(self) -> int:
@@ -283,7 +279,7 @@ class ClipKeys(Table):
     max_ar: Number | None = Field(None, gt=0)
     num_ar_buckets: int | None = Field(None, ge=1, le=1000)
     ar_buckets: list[Number | list[Number]] | None = None
-    frame_buckets: list[int] = [1]
+    frame_buckets: list[int] = Field(default=[1])
     size_buckets: list[list[int]] | None = None
     caption_prefix: str = ""
     shuffle_tags: bool = False
@@ -326,6 +322,7 @@ _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m
 
 # key -> (values that change nothing, why any other value is refused)
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "adapter.type": (("lora",), "only low-rank matrices are trained; use 'lora', of higher rank"),
     "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
     "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
     "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
@@ -334,16 +331,10 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "one that does not fit into GPU memory is streamed from host memory, to the same bits",
     ),
-    "adapter.type": (("lora",), f"LoKr {_LATER_VERSION}; use 'lora'"),
-    "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
-    "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),
-    "adapter.init_from_existing": ((None,), f"starting from an existing LoRA {_LATER_VERSION}"),
     "save_dtype": (
         (None, "float32", "float16", "bfloat16"),
         "rounds a LoRA's small weights to two or three bits; use 'bfloat16'",
     ),
-    "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
-    "force_constant_lr": ((None,), "the schedule is constant; set lr"),
     "pipeline_stages": ((None, 1), _DEEPSPEED),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
@@ -360,7 +351,7 @@ _IGNORED = {
     "reentrant_activation_checkpointing": "it chooses between two ways of torch to recompute",
 }
 
-TableT = TypeVar("TableT", bound=Table)
+TableT = TypeVar("TableT", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -376,6 +367,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     tree = read_toml(path)
     for override in overrides:
         apply_override(tree, override)
+    tree["optimizer"] = _read_optimizer(tree, path)
     config = _validate(TrainConfig, tree, path)
     _check_eval_sets(config, path)
     both = (config.eval_image_micro_batch_size_per_gpu, config.image_eval_micro_batch_size_per_gpu)
@@ -398,10 +390,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
         )
-    if config.optimizer.type.lower() not in ("adamw", "adamw_optimi"):
+    _check_adapter(config, path)
+    if isinstance(config.optimizer, ScheduleFreeAdamW) and config.lr_scheduler != "constant":
         raise BadInput(
-            f"{path}: [optimizer] type = {config.optimizer.type!r} {_LATER_VERSION}; use 'adamw' "
-            "(float32 masters, so no Kahan or 8-bit variant is needed for a LoRA)"
+            f"{path}: lr_scheduler = {config.lr_scheduler!r}: {config.optimizer.type} averages "
+            "instead of lowering its learning rate; leave it out"
         )
     if config.model.min_t >= config.model.max_t:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
@@ -430,6 +423,26 @@ def _check_eval_sets(config: TrainConfig, path: Path) -> None:
             )
 
 
+def _check_adapter(config: TrainConfig, path: Path) -> None:
+    if config.adapter is None:
+        return
+    try:
+        targets = config.lora_targets
+    except ValueError as error:
+        raise BadInput(f"{path}: [adapter] {error}") from None
+    if not any(target.lr for target in targets.values()):
+        return
+    if not config.optimizer.scales_with_lr:
+        raise BadInput(
+            f"{path}: [[adapter.targets]] lr: {config.optimizer.type} has one learning rate for "
+            "all; leave it out, or choose another optimizer"
+        )
+    if config.force_constant_lr is not None:
+        raise BadInput(
+            f"{path}: force_constant_lr is that of all targets; remove lr of [[adapter.targets]]"
+        )
+
+
 def load_dataset(path: Path) -> DatasetConfig:
     """Reads the dataset file; raises BadInput as ``load_config`` does."""
     dataset = _validate(DatasetConfig, read_toml(path), path)
@@ -445,14 +458,42 @@ def dump_config(config: Table) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def _validate(table: type[TableT], tree: dict[str, Any], path: Path) -> TableT:
+def _read_optimizer(tree: dict[str, Any], path: Path) -> Options:
+    table = tree.get("optimizer", {})
+    if not isinstance(table, dict) or not isinstance(table.get("type", ""), str):
+        raise BadInput(f"{path}: [optimizer] must be a table whose type is a name")
+    if refusal := refuse_keys(table):
+        raise BadInput(f"{path}: [optimizer] {refusal}")
+    try:
+        options = find_optimizer(table.get("type", "adamw")).options
+    except ValueError as error:
+        raise BadInput(f"{path}: [optimizer] type = {error}") from None
+    table = {name: value for name, value in table.items() if name != "gradient_release"}
+    if "lr" in tree:
+        table.setdefault("lr", tree["lr"])
+    return _validate(options, table, path, prefix="optimizer.")
+
+
+def _validate(table: type[TableT], tree: dict[str, Any], path: Path, *, prefix: str = "") -> TableT:
     try:
         config = table.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(describe_problem(table, problem) for problem in error.errors())
+        problems = "; ".join(_describe(table, problem, prefix) for problem in error.errors())
         raise BadInput(f"{path}: {problems}") from None
-    _refuse_unsupported(config, path)
+    if isinstance(config, Table):
+        _refuse_unsupported(config, path)
     return config
+
+
+def _describe(table: type[BaseModel], problem: Any, prefix: str) -> str:
+    problem = problem | {"loc": (*filter(None, [prefix.rstrip(".")]), *problem["loc"])}
+    if problem["type"] == "extra_forbidden" and issubclass(table, Options):
+        key = problem["loc"][-1]
+        own = [name for name in table.model_fields if name != "type"]
+        near = difflib.get_close_matches(str(key), own, n=1)
+        meant = f", did you mean {prefix}{near[0]}?" if near else ""
+        return f"unknown key {prefix}{key}{meant} ({table.__name__} takes {', '.join(own)})"
+    return describe_problem(table, problem)
 
 
 def _describe_policy(value: bool | str) -> str:

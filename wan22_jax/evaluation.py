@@ -14,6 +14,7 @@ from wan22_jax.dataset import open_caches, read_datasets
 from wan22_jax.errors import BadInput
 from wan22_jax.examples import make_grid
 from wan22_jax.model_folder import ModelCard
+from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.evaluate import Evaluator
 from wan22_jax.training.metrics import Progress
 from wan22_jax.training.step import Frozen, TrainState
@@ -76,7 +77,7 @@ def evaluate(evaluator: Evaluator, state: TrainState, progress: Progress, step: 
     """
     progress.flush()
     try:
-        values = evaluator(state.trainable)
+        values = evaluator(evaluation_weights(state), state.ema)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

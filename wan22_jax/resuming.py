@@ -125,9 +125,12 @@ def restart_schedules(opt_state: optax.OptState) -> optax.OptState:
 
 def list_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lists the keys of the configs, and the length of an epoch, that differ: old -> new."""
-    before, after = (
-        _flatten({name: meta.get(name) for name in _COMPARED}) for meta in (saved, now)
-    )
+    return compare(*({name: meta.get(name) for name in _COMPARED} for meta in (saved, now)))
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists the leaves of two trees that differ: old -> new."""
+    before, after = _flatten(saved), _flatten(now)
     return [
         f"{name} {before.get(name)} -> {after.get(name)}"
         for name in sorted(before | after)

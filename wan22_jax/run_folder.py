@@ -17,12 +17,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan22_jax.adapter_targets import TARGETS, describe_targets, parse_targets
 from wan22_jax.checkpoint import find_run
 from wan22_jax.config import TrainConfig, dump_config, load_dataset
 from wan22_jax.data.loader import Loader
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import ModelCard
-from wan22_jax.resuming import NOTHING, Reset, Start, choose_checkpoint, choose_start, list_changes
+from wan22_jax.resuming import (
+    NOTHING,
+    Reset,
+    Start,
+    choose_checkpoint,
+    choose_start,
+    compare,
+    list_changes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +47,8 @@ class Run(NamedTuple):
 def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
     """Makes what every checkpoint of the run says of it, beside its step and start."""
     assert config.adapter is not None  # load_config refuses the rest
-    rank = config.adapter.rank
     return {
-        "rank": rank,
-        "alpha": float(rank if config.adapter.alpha is None else config.adapter.alpha),
+        "targets": describe_targets(config.lora_targets),
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
@@ -77,17 +84,27 @@ def open_run(
     else:
         folder = find_run(output_dir, resume if isinstance(resume, str) else None)
         saved = choose_checkpoint(folder)
-        for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
-            if saved[name] != meta[name]:
-                raise BadInput(
-                    f"{folder}: was trained with {what} {saved[name]}, the config has "
-                    f"{meta[name]}; resume with the original or start a new run"
-                )
+        _check_same(folder, saved, meta)
         for change in list_changes(saved, meta):
             log.info("changed since the checkpoint: %s", change)
         start = choose_start(saved, steps_per_epoch=meta["steps_per_epoch"], reset=reset)
     progress = {"data_offset": start.data_offset, "schedule_start": start.schedule_start}
     return Run(folder, start, meta | progress)
+
+
+def _check_same(folder: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    if saved["base_digest"] != meta["base_digest"]:
+        raise BadInput(
+            f"{folder}: was trained with base model {saved['base_digest']}, the config has "
+            f"{meta['base_digest']}; resume with the original or start a new run"
+        )
+    before = describe_targets(parse_targets(saved, TARGETS))
+    if before != meta["targets"]:
+        raise BadInput(
+            f"{folder}: was trained with other targets than [adapter] chooses now "
+            f"({', '.join(compare(before, meta['targets']))}); resume with the original or start "
+            "a new run"
+        )
 
 
 def make_run_dir(output_dir: Path) -> Path:

@@ -27,6 +27,7 @@ from wan22_jax.checkpoint import (
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.stopping import Wish
+from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.cadence import Due
 from wan22_jax.training.metrics import NonFiniteLoss
 from wan22_jax.training.retention import Retention, choose_superfluous
@@ -121,7 +122,8 @@ class Saver:
         partial = self._run_dir / f".{name}{_PARTIAL}"
         replaced = self._run_dir / f".{name}{_REPLACED}"
         matrices = {
-            name: np.asarray(array) for name, array in flatten_state(state.trainable).items()
+            name: np.asarray(array)
+            for name, array in flatten_state(evaluation_weights(state)).items()
         }
         meta = self._meta | {"step": int(state.step)}
         try:

@@ -6,9 +6,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from wan22_jax.errors import BadInput
+
+
+class Table(BaseModel):
+    """One TOML table: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

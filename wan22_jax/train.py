@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
@@ -38,7 +39,7 @@ from wan22_jax.stopping import listen
 from wan22_jax.training.cadence import Cadence
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import StepReport
-from wan22_jax.training.optimizer import make_optimizer, warmup_constant
+from wan22_jax.training.optimizer import describe_optimizer, make_optimizer, make_schedule
 from wan22_jax.training.retention import make_retention
 from wan22_jax.training.step import (
     StepSettings,
@@ -151,20 +152,24 @@ def train(
     log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
     log.info("memory: %s", plan)
     lora_key, draw_key = split_seed(config.seed)
+    log.info("optimizer: %s", describe_optimizer(config))
+    schedule = make_schedule(config, total_steps=total_steps - run.start.schedule_start)
     optimizer = make_optimizer(
-        config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        weight_decay=config.optimizer.weight_decay,
-        eps=config.optimizer.eps,
-        max_grad_norm=config.gradient_clipping,
+        config.optimizer,
+        schedule=schedule,
+        gradient_clipping=config.gradient_clipping,
+        global_batch=config.global_batch,
+        lr_ratios=config.lr_ratios,
     )
     with explain_exhaustion(plan):
         # Placing copies each block: from the host, so that no weight is on the device twice.
         model = load_transformer(model_folder, dtype=dtype, host=True)
-        model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
+        add_adapter(model, lora_key, config.lora_targets)
+        if config.adapter and config.adapter.init_from_existing and not resume:
+            log.info("%s", start_from_existing(model, Path(config.adapter.init_from_existing)))
         graphdef, trainable, frozen = split_model(model)
-        state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
+        state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
+        state, draw_key = jax.device_put((state, draw_key), sharding)
         frozen = jax.block_until_ready(
             place_frozen(
                 frozen,
@@ -182,13 +187,14 @@ def train(
             config.penalty,
             activation_checkpointing=config.activation_checkpointing,
             skip_nonfinite=config.skip_nonfinite_steps,
+            lora_dropout=0.0 if config.adapter is None else config.adapter.dropout,
+            ema_decay=config.ema_decay,
         ),
         sharding=sharding,
     )
     evaluator = make_evaluator(
         config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding
     )
-    schedule = warmup_constant(config.learning_rate, config.warmup_steps)
 
     with open_checkpoints(run.folder) as checkpoints:
         if resume:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from wan22_jax.model.layers import Linear
 from wan22_jax.model.linear import LinearWeights
-from wan22_jax.model.lora import LowRank, join_low_rank, round_low_rank
+from wan22_jax.model.lora import Dropout, LowRank, join_low_rank, round_low_rank
 
 Arrays = Mapping[str, Any]  # by name within a block; of JAX, or of NumPy until they are placed
 Adapters = Mapping[str, tuple[LowRank | None, LowRank | None]]  # rounded, trained
@@ -34,6 +34,7 @@ class BlockWeights(NamedTuple):
 
     arrays: Arrays  # from ``join_linears``
     adapters: Adapters
+    dropout: Dropout | None = None  # of this block
 
     def linear(self, name: str) -> LinearWeights:
         """Returns what a linear, or several that are joined, computes with."""
@@ -43,6 +44,8 @@ class BlockWeights(NamedTuple):
             None if scale is None else scale.reshape(-1),
             bias,
             *self.adapters[name],
+            # 10 numbers for each linear, or for those that are joined.
+            None if self.dropout is None else self.dropout.at(10 * list(self.adapters).index(name)),
         )
 
 

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from wan22_jax.model import kernels
+from wan22_jax.model.dropped import add_dropped
 from wan22_jax.model.fp8 import BACKWARD
 from wan22_jax.model.fused import (
     Activation,
+    activate,
     gelu_backward_twin,
     gelu_twin,
     has_kernels,
     quantize_rows,
 )
-from wan22_jax.model.lora import LowRank
+from wan22_jax.model.lora import Dropout, LowRank
 from wan22_jax.model.matmul import matmul, multiply_add
 
 
@@ -34,6 +36,7 @@ class LinearWeights(NamedTuple):
     bias_O: jax.Array | None
     lora: LowRank | None = None  # in the activations' dtype
     trained: LowRank | None = None  # what it was rounded from: not read, but gets the gradient
+    dropout: Dropout | None = None  # of what the adapter reads
 
     @property
     def is_float8(self) -> bool:
@@ -47,7 +50,11 @@ def linear(x: Activation, weights: LinearWeights, *, groups: int = 1) -> tuple[j
     With a float8 weight the first product is float8, forward with e4m3 and backward with e5m2;
     the adapter's products are in x's dtype. Sums are in float32 and rounded once.
     """
-    return _linear(groups, x, weights)
+    dropout, weights = weights.dropout, weights._replace(dropout=None)
+    if dropout is None or weights.lora is None or weights.trained is None:
+        return _linear(groups, x, weights)
+    outs: Any = _linear(groups, x, weights._replace(lora=None, trained=None))
+    return add_dropped(outs, x.rows, weights.lora, weights.trained, dropout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,9 +149,15 @@ def linear_gelu_linear(
     The backward pass needs the first linear's output alone, which it finds under ``name``. It
     reads that once, with its gradient, to take the GELU again and differentiate it, and quantises
     the result on the way. Three gradients could not: JAX hands one array an output from each to
-    the next, so that the first linear would read its gradient again to quantise it.
+    the next, so that the first linear would read its gradient again to quantise it. With dropout,
+    whose adapters read other rows than the weights, they are three.
     """
-    return _linear_gelu_linear(name, x, first, second)
+    if first.dropout is None and second.dropout is None:
+        return _linear_gelu_linear(name, x, first, second)
+    (hidden_NF,) = linear(x, first)
+    hidden_NF = checkpoint_name(hidden_NF, name)
+    (rows_NF,) = gelu_twin(hidden_NF, quantize=False)
+    return linear(activate(rows_NF, is_float8=second.is_float8), second)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,6 +21,34 @@ class LowRank(NamedTuple):
     matrices_b: tuple[jax.Array, ...]  # [out, R] each
 
 
+class Dropout(NamedTuple):
+    """LoRA dropout: each element of what A reads is 0 with probability ``rate``, else scaled up.
+
+    The mask is a function of (key of the example, layer, target), so that a forward pass that is
+    computed again drops the same.
+    """
+
+    keys_BK: jax.Array  # uint32 key data, one key an example
+    rate: jax.Array  # float32
+    fold: jax.Array | int = 0  # what makes it the mask of one layer and target
+
+    def at(self, index: jax.Array | int) -> "Dropout":
+        """The dropout of one of up to 1000 parts: a layer of the model, then a target of it."""
+        return self._replace(fold=self.fold * 1000 + index)
+
+    def drop(self, rows_NI: jax.Array) -> jax.Array:
+        """Drops elements of the rows of all examples, which follow each other."""
+
+        def keep(key_K: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.wrap_key_data(key_K), self.fold)
+            shape = (rows_NI.shape[0] // len(self.keys_BK), rows_NI.shape[1])
+            return jax.random.bernoulli(key, 1 - self.rate, shape)
+
+        keep_NI = jax.vmap(keep)(self.keys_BK).reshape(rows_NI.shape)
+        scaled_NI = (rows_NI.astype(jnp.float32) / (1 - self.rate)).astype(rows_NI.dtype)
+        return jnp.where(keep_NI, scaled_NI, 0)
+
+
 def init_lora(
     key: jax.Array, weight_shape: tuple[int, ...], *, rank: int
 ) -> tuple[LoRAParam, LoRAParam]:
@@ -36,16 +64,29 @@ def init_lora(
 
 
 def join_low_rank(parts: Sequence[LowRank | None]) -> LowRank | None:
-    """Joins what adapters of one rank add to linears that read the same rows; None adds zero.
+    """Joins what adapters add to linears that read the same rows; None adds zero.
 
-    Leading axes (stacked layers) are kept.
+    Ranks lower than the largest are padded with zeros, which are not parameters and get no
+    gradient. Leading axes (stacked layers) are kept.
     """
     present = [part for part in parts if part is not None]
     if not present:
         return None
     zero = jax.tree.map(jnp.zeros_like, present[0])
-    all_a, all_b = zip(*(part or zero for part in parts), strict=True)
+    largest = max(part.matrix_a.shape[-2] for part in present)
+    all_a, all_b = zip(*(_pad_rank(part or zero, largest) for part in parts), strict=True)
     return LowRank(jnp.concatenate(all_a, axis=-2), sum(all_b, ()))
+
+
+def _pad_rank(part: LowRank, rank: int) -> LowRank:
+    missing = rank - part.matrix_a.shape[-2]
+    if missing == 0:
+        return part
+    stack = [(0, 0)] * (part.matrix_a.ndim - 2)
+    matrix_a = jnp.pad(part.matrix_a, [*stack, (0, missing), (0, 0)])
+    return LowRank(
+        matrix_a, tuple(jnp.pad(b, [*stack, (0, 0), (0, missing)]) for b in part.matrices_b)
+    )
 
 
 def round_low_rank(trained: LowRank | None, dtype: DTypeLike) -> LowRank | None:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 
 from wan22_jax.model.attention import attend
 from wan22_jax.model.block_weights import (
-    Adapters,
     Arrays,
     BlockWeights,
     join_adapters,
@@ -38,7 +37,7 @@ from wan22_jax.model.fused import (
 )
 from wan22_jax.model.layers import LayerNorm, Linear, RMSNorm, stack_layers
 from wan22_jax.model.linear import LinearWeights, linear, linear_gelu_linear
-from wan22_jax.model.lora import LoRAParam
+from wan22_jax.model.lora import Dropout, LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, Streamed, run_blocks
 from wan22_jax.model.rope import rope_tables
 
@@ -99,6 +98,7 @@ class WanTransformer(nnx.Module):
         float32_residual: bool = False,
         activation_checkpointing: bool | str = False,
         parts: Sequence[list[Arrays] | Stack | Streamed] = (),
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -111,6 +111,7 @@ class WanTransformer(nnx.Module):
                 ``remat.POLICIES``.
             parts: frozen weights of the blocks to read instead of those of ``self.blocks``; see
                 ``training.step.place_frozen``.
+            dropout: of the adapters.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -131,18 +132,24 @@ class WanTransformer(nnx.Module):
             dtype=dtype,
         )
 
-        def run(x: jax.Array, adapters: Adapters, frozen: tuple, context: tuple) -> jax.Array:
+        # Of each block, to drop with; float32, since what has a row a block is differentiated.
+        number_N = None if dropout is None else jnp.arange(config.num_layers, dtype=jnp.float32)
+
+        def run(x: jax.Array, trainable: tuple, frozen: tuple, context: tuple) -> jax.Array:
             arrays = {name: array for part in frozen for name, array in part.items()}
-            return run_block(
-                x, BlockWeights(join_linears(arrays), adapters), *context, config=config
-            )
+            *inputs, dropout = context
+            adapters, number = trainable
+            if dropout is not None:
+                dropout = dropout.at(jax.lax.stop_gradient(number).astype(jnp.int32))
+            weights = BlockWeights(join_linears(arrays), adapters, dropout)
+            return run_block(x, weights, *inputs, config=config)
 
         x_BLD = run_blocks(
             run,
             x_BLD.astype(jnp.float32) if float32_residual else x_BLD,
-            adapters,
+            (adapters, number_N),
             parts or [Stack(named_arrays(frozen))],
-            (time_BTMD, text, rope),
+            (time_BTMD, text, rope, dropout),
             POLICIES[activation_checkpointing],
         )
         return self.head(x_BLD, time_BTD, grid_TYX)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from wan22_jax.model.flow import sample_sigma
+from wan22_jax.model.lora import Dropout
 
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO = 0, 1  # what ``Draws.task`` says
 # Fold into the task's key, so that draws that came later leave the earlier ones as they were.
 _COUNT, _LAST = 1, 2
+_DROPOUT = 2**31 - 1  # folds into a step's key; no position of an example
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,21 @@ def draw_examples(
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
     draw = partial(draw_example, sigma_grid=sigma_grid, shape_TYXC=shape_TYXC, tasks=tasks)
     return jax.vmap(draw)(keys_B)
+
+
+def draw_dropout(step_key: Array, positions_B: Int[Array, " B"], *, rate: float) -> Dropout | None:
+    """Draws the adapters' dropout of some examples, None if nothing is dropped.
+
+    Args:
+        step_key: as in ``draw_examples``.
+        positions_B: as there.
+        rate: probability with which an element is dropped.
+    """
+    if rate == 0:
+        return None
+    key = jax.random.fold_in(step_key, _DROPOUT)
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions_B)
+    return Dropout(jax.random.key_data(keys_B), jnp.float32(rate))
 
 
 def _draw_given(task_key: Array, num_frames: int, tasks: TaskMix) -> Array:

@@ -19,10 +19,11 @@ from jaxtyping import Array, Float
 from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
 from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
-from wan22_jax.model.lora import LoRAParam
+from wan22_jax.model.lora import Dropout, LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
-from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
+from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
+from wan22_jax.training.optimizer_options import optimizer_metrics
 
 
 class TrainState(NamedTuple):
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     trainable: nnx.State
     opt_state: optax.OptState
+    ema: nnx.State | None = None  # the average of trainable over the steps, float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StepSettings:
     penalty: Penalty = SQUARED
     activation_checkpointing: bool | str = False  # what the backward pass keeps, remat.POLICIES
     skip_nonfinite: bool = False  # a loss or gradient that is not changes the step number alone
+    lora_dropout: float = 0.0
+    ema_decay: float = 0.0  # what the average keeps of itself at each step; 0 for none
 
 
 class Frozen(NamedTuple):
@@ -121,9 +125,24 @@ def split_seed(seed: int) -> tuple[Array, Array]:
     return lora_key, draw_key
 
 
-def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """Makes the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def init_state(
+    trainable: nnx.State, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+) -> TrainState:
+    """Makes the state before the first step, with an average if there is a decay."""
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    return state._replace(ema=start_ema(trainable)) if ema_decay > 0 else state
+
+
+def start_ema(trainable: nnx.State) -> nnx.State:
+    """Copies weights to average from: a decay near 1 would be lost in 16 bits."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+
+
+def update_ema(ema: nnx.State, trainable: nnx.State, *, decay: float) -> nnx.State:
+    """Returns decay * ema + (1 - decay) * trainable, leaf by leaf."""
+    return jax.tree.map(
+        lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), ema, trainable
+    )
 
 
 def loss_fn(
@@ -133,6 +152,7 @@ def loss_fn(
     text_BSE: Float[Array, "B S E"],
     draws: Draws,
     mask_BYX: Float[Array, "B Y X"] | None = None,
+    dropout: Dropout | None = None,
     *,
     graphdef: nnx.GraphDef,
     settings: StepSettings,
@@ -147,6 +167,7 @@ def loss_fn(
         text_BSE,
         activation_checkpointing=settings.activation_checkpointing,
         parts=frozen.parts,
+        dropout=dropout,
     )
     loss_B = velocity_loss(
         velocity_BTYXC,
@@ -196,15 +217,18 @@ def train_step(
         grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
     ) -> tuple[nnx.State, tuple[Array, Metrics]]:
         latents_BTYXC, text_BSE, mask_BYX, index = micro
+        positions_B = index * batch_size + jnp.arange(batch_size)
         draws = draw_examples(
             step_key,
-            index * batch_size + jnp.arange(batch_size),
+            positions_B,
             sigma_grid=sigma_grid,
             shape_TYXC=latents_BTYXC.shape[1:],
             tasks=settings.tasks,
         )
         (loss, loss_B), new_grads = grad_fn(
-            state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX
+            state.trainable,
+            *(frozen, latents_BTYXC, text_BSE, draws, mask_BYX),
+            draw_dropout(step_key, positions_B, rate=settings.lora_dropout),
         )
         examples = {"loss_AB": loss_B, "sigma_AB": draws.sigma, "task_AB": draws.task}
         grads = jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads)
@@ -220,7 +244,11 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)} | examples
-    new_state = TrainState(state.step + 1, trainable, opt_state)
+    metrics |= optimizer_metrics(opt_state)
+    ema = state.ema
+    if ema is not None:
+        ema = update_ema(ema, trainable, decay=settings.ema_decay)
+    new_state = TrainState(state.step + 1, trainable, opt_state, ema)
     if settings.skip_nonfinite:
         is_sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         kept = jax.tree.map(partial(jnp.where, is_sound), new_state, state)
