@@ -191,7 +191,7 @@ def test_a_lora_with_evaluation(capsys):
     assert rates[1] == pytest.approx(1e-3)  # lr / warmup_steps
     assert rates[6] < rates[4] < rates[3]
     trained, meta = read_trainable(run_dir)
-    assert meta["rank"] == 4
+    assert meta["targets"]["ffn.0"][0] == 4
     assert all(matrix.any() for matrix in trained.values())
 
 

@@ -99,11 +99,11 @@ def _check_same(folder: Path, saved: dict[str, Any], meta: dict[str, Any]) -> No
             f"{meta['base_digest']}; resume with the original or start a new run"
         )
     before = describe_targets(parse_targets(saved, TARGETS))
-    if before != meta["targets"]:
+    if changes := compare(before, meta["targets"]):
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         raise BadInput(
-            f"{folder}: was trained with other targets than [adapter] chooses now "
-            f"({', '.join(compare(before, meta['targets']))}); resume with the original or start "
-            "a new run"
+            f"{folder}: was trained with other ranks or alphas than [adapter] has now "
+            f"({changes[0]}{more}); resume with the original or start a new run"
         )
 
 
