@@ -171,10 +171,12 @@ def make_adamw() -> optax.GradientTransformation:
     )
 
 
-def make_batch(config: TransformerConfig, bucket: Bucket, batch_size: int) -> Batch:
+def make_batch(
+    config: TransformerConfig, bucket: Bucket, batch_size: int, accumulate: int = 1
+) -> Batch:
     """White noise in place of latents and text: it takes the same time."""
     rng = np.random.default_rng(0)
-    lead = (1, batch_size)
+    lead = (accumulate, batch_size)
     latents = rng.standard_normal((*lead, *bucket.latent_TYX, config.in_channels), np.float32)
     text = rng.standard_normal((*lead, config.text_len, config.text_dim), np.float32)
     return Batch(latents.astype(jnp.bfloat16), text.astype(jnp.bfloat16))

@@ -27,8 +27,9 @@ LAYERS = [
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
     | {"wan22_jax.data.captions", "wan22_jax.data.probed"},
     {"wan22_jax.data.buckets", "wan22_jax.data.index", "wan22_jax.training.optimizer"}
-    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"},
-    {"wan22_jax.data.cache"},
+    | {"wan22_jax.training.full", "wan22_jax.training.rounding", "wan22_jax.training.memory"}
+    | {"wan22_jax.data.cuts", "wan22_jax.data.companions"},
+    {"wan22_jax.data.cache", "wan22_jax.training.blockwise"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
     | {"wan22_jax.data.preflight_page"},

@@ -25,6 +25,7 @@ from wan22_jax.model.block_weights import (
     join_adapters,
     join_linears,
     named_arrays,
+    round_masters,
 )
 from wan22_jax.model.embeddings import PatchEmbedding, sinusoid
 from wan22_jax.model.fused import (
@@ -109,8 +110,8 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            parts: frozen weights of the blocks to read instead of those of ``self.blocks``; see
-                ``training.step.place_frozen``.
+            parts: weights of the blocks to read instead of those of ``self.blocks``; see
+                ``training.step.place_frozen`` and ``training.full.merge_full``.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -133,9 +134,8 @@ class WanTransformer(nnx.Module):
 
         def run(x: jax.Array, adapters: Adapters, frozen: tuple, context: tuple) -> jax.Array:
             arrays = {name: array for part in frozen for name, array in part.items()}
-            return run_block(
-                x, BlockWeights(join_linears(arrays), adapters), *context, config=config
-            )
+            arrays = join_linears(round_masters(arrays, dtype))
+            return run_block(x, BlockWeights(arrays, adapters), *context, config=config)
 
         x_BLD = run_blocks(
             run,

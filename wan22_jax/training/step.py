@@ -6,7 +6,7 @@ so that a resumed run repeats nothing and stores no random state.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,15 @@ from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.training.blockwise import BlockwiseOptimizer
+from wan22_jax.training.full import Weights, merge_full
 
 
 class TrainState(NamedTuple):
     """What changes from step to step; the frozen weights are not part of it."""
 
     step: jax.Array  # int32, steps done
-    trainable: nnx.State
+    trainable: nnx.State | Weights  # an adapter, or all weights of the model
     opt_state: optax.OptState
 
 
@@ -42,10 +44,11 @@ class Draws(NamedTuple):
 class Frozen(NamedTuple):
     """The weights that do not train, where the step reads them; see ``place_frozen``."""
 
-    rest: nnx.State  # all but the blocks, or with them if there are no parts
+    rest: nnx.State  # all but the blocks, or with them if no parts; all empty if all train
     parts: tuple[list[Arrays] | Streamed, ...] = ()
 
 
+Optimizer = optax.GradientTransformation | BlockwiseOptimizer
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
@@ -105,7 +108,7 @@ def split_seed(seed: int) -> tuple[Array, Array]:
     return lora_key, draw_key
 
 
-def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(trainable: nnx.State | Weights, optimizer: Optimizer) -> TrainState:
     """Makes the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
@@ -160,7 +163,7 @@ def draw_examples(
 
 
 def loss_fn(
-    trainable: nnx.State,
+    trainable: nnx.State | Weights,
     frozen: Frozen,
     latents_BTYXC: Float[Array, "B T Y X C"],
     text_BSE: Float[Array, "B S E"],
@@ -171,7 +174,11 @@ def loss_fn(
     activation_checkpointing: bool | str,
 ) -> Float[Array, ""]:
     """The mean over examples of the velocity error; ``draws`` has a leading batch axis."""
-    model = nnx.merge(graphdef, trainable, frozen.rest)
+    if isinstance(trainable, nnx.State):
+        model, parts = nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
+    else:
+        model, rows = merge_full(graphdef, trainable, frozen.rest)
+        parts = (rows,)
     clean_BTYXC = latents_BTYXC.astype(jnp.float32)
     noisy_BTYXC = add_noise(clean_BTYXC, draws.noise_TYXC, draws.sigma_T)
     velocity_BTYXC = model(
@@ -179,7 +186,7 @@ def loss_fn(
         draws.sigma_T,
         text_BSE,
         activation_checkpointing=activation_checkpointing,
-        parts=frozen.parts,
+        parts=parts,
     )
     loss_B = velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T, mask_BYX)
     return loss_B.mean()
@@ -193,7 +200,7 @@ def train_step(
     sigma_grid: Float[Array, " G"],
     *,
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     i2v_fraction: float,
     activation_checkpointing: bool | str,
 ) -> tuple[TrainState, Metrics]:
@@ -216,8 +223,8 @@ def train_step(
     grad_fn = jax.value_and_grad(loss)
 
     def accumulate(
-        grads: nnx.State, micro: tuple[Array, Array, Array | None, Array]
-    ) -> tuple[nnx.State, Array]:
+        grads: Any, micro: tuple[Array, Array, Array | None, Array]
+    ) -> tuple[Any, Array]:
         latents_BTYXC, text_BSE, mask_BYX, index = micro
         draws = draw_examples(
             step_key,
@@ -229,29 +236,36 @@ def train_step(
         loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX)
         return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
 
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
     micros = (*jax.tree.map(jnp.asarray, batch), jnp.arange(num_accumulate))
     if num_accumulate == 1:  # no copy of the gradient
         grads, loss_A = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
     else:
         grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)}
+    if isinstance(optimizer, BlockwiseOptimizer):
+        trainable, opt_state = optimizer.step(
+            grads, state.opt_state, state.trainable, metrics["grad_norm"]
+        )
+    else:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
 def compile_train_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     i2v_fraction: float,
     activation_checkpointing: bool | str,
     sharding: Sharding,
+    opt_shardings: Any = None,
 ) -> TrainStep:
     """Jits ``train_step`` (state, frozen, batch, key, sigma_grid); compiles once per batch shape.
 
     The state is donated; explicit output shardings keep the second step from compiling again.
+    ``opt_shardings``, a tree of them, says where the optimizer's state lies if not there.
     """
     step = partial(
         train_step,
@@ -260,4 +274,5 @@ def compile_train_step(
         i2v_fraction=i2v_fraction,
         activation_checkpointing=activation_checkpointing,
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+    state = TrainState(sharding, sharding, sharding if opt_shardings is None else opt_shardings)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state, sharding))
