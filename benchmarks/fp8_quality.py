@@ -41,8 +41,9 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.training.draws import TaskMix, draw_example
 from wan22_jax.training.optimizer import make_optimizer
-from wan22_jax.training.step import draw_example, init_state, split_model
+from wan22_jax.training.step import init_state, split_model
 
 LEAST_COSINE = 0.99
 STD_B = 0.03  # of the B matrices: adapters that add a tenth to what their linear puts out
@@ -147,7 +148,7 @@ def adapter_gradients(dtype: str, args: argparse.Namespace) -> Iterator[dict[str
             jax.random.key(seed),
             sigma_grid=jnp.asarray(sigma_grid()),
             shape_TYXC=latents_NTYXC.shape[1:],
-            i2v_fraction=I2V_FRACTION,
+            tasks=TaskMix(I2V_FRACTION),
         )
         draws = jax.tree.map(lambda leaf: leaf[None], draws)
         loss, gradient = grad_fn(trainable, frozen, latents_NTYXC, text_NSE, draws)
@@ -314,8 +315,8 @@ def make_clips(
 
 
 def draw_curves(curves: dict[str, np.ndarray], *, width: int = 960, height: int = 540) -> Any:
-    """Draws the running means: bfloat16 blue, float8 red on top of it."""
-    colours = {"bfloat16": "#1f5fbf", "float8": "#d03020"}
+    """Draws the running means: bfloat16 broad and light, float8 thin on top of it."""
+    pens = {"bfloat16": ("#8fb8f0", 7), "float8": ("#b02010", 1)}
     every = np.concatenate(list(curves.values()))
     low, high = float(every.min()), float(every.max())
     left, right, top, bottom = 70, width - 20, 30, height - 40
@@ -334,10 +335,10 @@ def draw_curves(curves: dict[str, np.ndarray], *, width: int = 960, height: int 
         draw.text((place_point(step, low)[0] - 8, bottom + 8), str(step + WINDOW), fill="black")
     draw.text((left, height - 18), f"step; loss is the mean of {WINDOW} steps", fill="black")
     for number, (dtype, group) in enumerate(curves.items()):
-        draw.text((left + 120 * number, 8), f"{dtype} ({len(group)})", fill=colours[dtype])
+        draw.text((left + 120 * number, 8), f"{dtype} ({len(group)})", fill=pens[dtype][0])
         for curve in group:
             points = [place_point(step, float(loss)) for step, loss in enumerate(curve)]
-            draw.line(points, fill=colours[dtype], width=2)
+            draw.line(points, fill=pens[dtype][0], width=pens[dtype][1], joint="curve")
     return picture
 
 

@@ -24,8 +24,16 @@ from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8, abstract_transformer
 from wan22_jax.sharding import replicated
 from wan22_jax.training.blockwise import BlockwiseOptimizer
+from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.rounding import round_to_bfloat16
-from wan22_jax.training.step import Frozen, Optimizer, compile_train_step, loss_fn, place_frozen
+from wan22_jax.training.step import (
+    Frozen,
+    Optimizer,
+    StepSettings,
+    compile_train_step,
+    loss_fn,
+    place_frozen,
+)
 from wan22_jax.weights import (
     is_stacked,
     scale_of,
@@ -148,8 +156,7 @@ def build_step(
     step = compile_train_step(
         graphdef,
         optimizer,
-        i2v_fraction=I2V_FRACTION,
-        activation_checkpointing=activation_checkpointing,
+        StepSettings(TaskMix(I2V_FRACTION), activation_checkpointing=activation_checkpointing),
         sharding=replicated(mesh),
         opt_shardings=opt_shardings,
     )
@@ -160,7 +167,11 @@ def build_grad(
     graphdef: nnx.GraphDef, *, activation_checkpointing: bool | str
 ) -> jax.stages.Wrapped:
     """Jits (trainable, frozen, latents, text, draws) -> (loss, gradient), without an optimizer."""
-    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
+    settings = StepSettings(activation_checkpointing=activation_checkpointing)
+
+    def loss(*args: Any) -> jax.Array:
+        return loss_fn(*args, graphdef=graphdef, settings=settings)[0]
+
     return jax.jit(jax.value_and_grad(loss))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from convert.weights import main as convert
 from wan22_jax import clip_encoder, encode
+from wan22_jax.data.batching import make_batching
 from wan22_jax.data.cache import make_text_key, name_encoders
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.loader import make_loader
@@ -131,7 +132,7 @@ def test_folder_to_cache_to_batch(place, capsys):
         np.testing.assert_allclose(latents_TYXC.astype(np.float32), whole_1TYXC[0], **rounding)
         (expected_SE,) = encode_text(encoder, tokenizer, [CAPTIONS[path.stem]])
         np.testing.assert_allclose(text_SE.astype(np.float32), expected_SE, **rounding)
-    loader = make_loader(place.open(), seed=0, micro_batch=2, accumulation=1)
+    loader = make_loader(place.open(), seed=0, batching=make_batching(2, 2))
     assert loader.steps_per_epoch == 1
     assert set(loader[0].clips) == {"a.mp4", "b.mp4"}
     table = capsys.readouterr().out
@@ -490,7 +491,7 @@ def test_masks_go_from_a_picture_to_a_batch(place):
     place.write_dataset("resolutions = [32]\nframe_buckets = [5]")
     place.dataset.write_text(f"{place.dataset.read_text()}mask_path = '{masks}'\n")
     assert place.run() == 0
-    loader = make_loader(place.open(), seed=0, micro_batch=2, accumulation=1)
+    loader = make_loader(place.open(), seed=0, batching=make_batching(2, 2))
     batch, bucket, clips = loader[0]
     assert bucket == BUCKET
     assert batch.mask_ABYX.shape == (1, 2, 2, 2)

@@ -14,7 +14,7 @@ from wan22_jax.config import load_config
 from wan22_jax.data.loader import make_loader
 from wan22_jax.examples import describe_step, make_grid
 from wan22_jax.training import step as step_module
-from wan22_jax.training.step import Frozen, init_state, split_seed, train_step
+from wan22_jax.training.step import Frozen, StepSettings, init_state, split_seed, train_step
 
 CONFIG = """
 output_dir = 'out'
@@ -45,7 +45,7 @@ def test_a_described_step_is_the_one_that_is_trained(tmp_path, monkeypatch, numb
     config = load_config(tmp_path / "config.toml")
     cache = make_rich_cache(tmp_path / "clips" / "cache" / "wan2.2_5b", bucket=LARGE)
     loader = make_loader(
-        [(cache, 1)], seed=config.seed, micro_batch=2, accumulation=3, uncond_fraction=0.4
+        [(cache, 1)], seed=config.seed, batching=config.batching, uncond_fraction=0.4
     )
     found = [
         re.fullmatch(r" *(\d) +(0\.\d{4}) (t2v|i2v)   (\S+): (.*)", line).groups()
@@ -56,7 +56,7 @@ def test_a_described_step_is_the_one_that_is_trained(tmp_path, monkeypatch, numb
 
     def record(trainable, _frozen, latents, text, draws, _mask, **_):
         seen.append((latents, text, draws))
-        return jnp.sum(trainable["x"][...])
+        return jnp.sum(trainable["x"][...]), jnp.zeros(2)
 
     monkeypatch.setattr(step_module, "loss_fn", record)
     graphdef, trainable = nnx.split(Scalar())
@@ -71,8 +71,7 @@ def test_a_described_step_is_the_one_that_is_trained(tmp_path, monkeypatch, numb
             make_grid(config, bucket),
             graphdef=graphdef,
             optimizer=optax.sgd(0.1),
-            i2v_fraction=config.i2v_fraction,
-            activation_checkpointing=False,
+            settings=StepSettings(config.tasks),
         )
     assert len(seen) == 3
     trained = [

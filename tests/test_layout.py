@@ -26,17 +26,26 @@ LAYERS = [
     {"wan22_jax.weights", "wan22_jax.text", "wan22_jax.sampling", "wan22_jax.data.picture"},
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
     | {"wan22_jax.data.captions", "wan22_jax.data.probed"},
-    {"wan22_jax.data.buckets", "wan22_jax.data.index", "wan22_jax.training.optimizer"}
-    | {"wan22_jax.training.full", "wan22_jax.training.rounding", "wan22_jax.training.memory"}
-    | {"wan22_jax.data.cuts", "wan22_jax.data.companions"},
+    {
+        "wan22_jax.data.buckets",
+        "wan22_jax.data.batching",
+        "wan22_jax.data.index",
+        "wan22_jax.training.optimizer",
+    }
+    | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
+    | {"wan22_jax.training.full", "wan22_jax.training.rounding"},
     {"wan22_jax.data.cache", "wan22_jax.training.blockwise"},
+    {"wan22_jax.training.draws"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
     | {"wan22_jax.data.preflight_page"},
+    {"wan22_jax.data.eval_clips"},
+    {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
     {"wan22_jax.adapter", "wan22_jax.config"},
-    {"wan22_jax.dataset"},
+    {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"},
     {"wan22_jax.examples"},
+    {"wan22_jax.evaluation"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_cache import ENCODERS
 
+from wan22_jax.data.batching import make_batching
 from wan22_jax.data.cache import make_latents_key, make_mask_key, make_text_key, open_cache
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.index import ClipEntry
@@ -69,8 +70,7 @@ def load(cache, *, seed=3, micro_batch=2, accumulation=2, num_repeats=1, **optio
     return make_loader(
         [(cache, num_repeats)],
         seed=seed,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
+        batching=make_batching(micro_batch, micro_batch, accumulation=accumulation),
         **options,
     )
 
@@ -143,7 +143,7 @@ def test_repeats(cache, tmp_path):
     taken = set(itertools.chain(*names(half, range(40))))
     assert len(taken) == 4 + 7
     more = make_cache(tmp_path, {LARGE: 2})
-    both = make_loader([(cache, 1), (more, 1.5)], seed=0, micro_batch=1, accumulation=1)
+    both = make_loader([(cache, 1), (more, 1.5)], seed=0, batching=make_batching(1, 1))
     assert both.steps_per_epoch == 23 + 3
 
 
@@ -245,8 +245,7 @@ def test_masks_of_one_bucket_leave_the_others_alone(tmp_path, cache):
     both = make_loader(
         [(make_rich_cache(tmp_path, masked=(1,)), 1), (cache, 1)],
         seed=0,
-        micro_batch=2,
-        accumulation=1,
+        batching=make_batching(2, 2),
     )
     for step in range(both.steps_per_epoch):
         batch, bucket, _ = both[step]

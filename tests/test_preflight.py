@@ -204,7 +204,6 @@ def test_every_file_of_a_messy_folder_is_accounted_for(messy, tmp_path, capsys):
         "files": {"used": 20, "skipped": 0, "dropped": 3, "error": 10},
         "clips": 20,
         "clips_never_trained": 0,
-        "clips_per_step": 1,
         "steps_per_epoch": 20,
         "steps_left_out_by_subsample_ratio": 0,
         # 64x64: 3 stills of 4, 7 clips of 12, 5 of 20; 96x32: one of 3, one of 15; 32x96: 3, 9, 15

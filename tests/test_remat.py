@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from test_block_weights import place
+from test_step import mean_loss
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket
@@ -23,14 +24,8 @@ from wan22_jax.model import fp8
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.remat import _FUSED_ATTENTION, POLICIES
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig, WanTransformer
-from wan22_jax.training.step import (
-    Draws,
-    Frozen,
-    init_state,
-    loss_fn,
-    split_model,
-    train_step,
-)
+from wan22_jax.training.draws import Draws, TaskMix
+from wan22_jax.training.step import Frozen, StepSettings, init_state, split_model, train_step
 from wan22_jax.weights import keeps_float32
 
 BLOCKS, SWAP = 5, 2
@@ -96,7 +91,7 @@ def make_weights(dtype: str) -> tuple:
 def differentiate(policy: bool | str, swap: int) -> Run:
     """Compiles and runs the gradient in float32."""
     trainable, frozen, graphdef = make_weights("float32")
-    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=policy)
+    loss = mean_loss(graphdef, policy)
     args = (trainable, place(frozen, policy, swap), *draw_inputs())
     return run_exactly(jax.value_and_grad(loss), args)
 
@@ -110,8 +105,7 @@ def take_step(policy: bool | str, swap: int) -> Run:
         train_step,
         graphdef=graphdef,
         optimizer=keeps_gradients,
-        i2v_fraction=0.5,
-        activation_checkpointing=policy,
+        settings=StepSettings(TaskMix(0.5), activation_checkpointing=policy),
     )
 
     def run(*args: Any) -> tuple:
@@ -244,7 +238,7 @@ def test_the_blocks_that_send_are_spread_evenly(policy):
 def test_copies_have_the_whole_block_to_hide_behind(policy):
     """XLA's scheduler is told so of all that a streamed block computes."""
     trainable, frozen, graphdef = make_weights("float32")
-    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=policy)
+    loss = mean_loss(graphdef, policy)
     args = (trainable, place(frozen, policy, BLOCKS), *draw_inputs())
     lines = jax.jit(jax.grad(loss)).lower(*args).as_text().splitlines()
     matmuls = [line for line in lines if "stablehlo.dot_general" in line]
@@ -301,7 +295,7 @@ def trace_5b(policy: bool | str, dtype: str, swap: int | None):
     assert bucket.num_tokens == L
 
     def differentiate(trainable, frozen, latents, text, draws):
-        loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=policy)
+        loss = mean_loss(graphdef, policy)
         frozen = Frozen(frozen) if swap is None else place(frozen, policy, swap)
         return jax.value_and_grad(loss)(trainable, frozen, latents, text, draws)
 

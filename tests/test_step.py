@@ -11,16 +11,16 @@ from flax import nnx
 
 from wan22_jax.batch import Batch
 from wan22_jax.checkpoint import flatten_state, open_checkpoints, restore_state, save_state
-from wan22_jax.model.flow import sigma_grid
+from wan22_jax.model.flow import SQUARED, sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
+from wan22_jax.training.draws import Draws, TaskMix, draw_example
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
-    Draws,
     Frozen,
+    StepSettings,
     TrainState,
     compile_train_step,
-    draw_example,
     init_state,
     loss_fn,
     place_frozen,
@@ -70,8 +70,7 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
     step = compile_train_step(
         graphdef,
         optimizer,
-        i2v_fraction=i2v_fraction,
-        activation_checkpointing=False,
+        StepSettings(TaskMix(i2v_fraction)),
         sharding=sharding,
     )
 
@@ -93,9 +92,17 @@ def make_run(**options):
 
 def draw_batch(size: int, frames: int, i2v_fraction: float) -> Draws:
     draw = partial(
-        draw_example, sigma_grid=GRID, shape_TYXC=(frames, 4, 4, 48), i2v_fraction=i2v_fraction
+        draw_example,
+        sigma_grid=GRID,
+        shape_TYXC=(frames, 4, 4, 48),
+        tasks=TaskMix(i2v_fraction),
     )
     return jax.vmap(draw)(jax.random.split(jax.random.key(7), size))
+
+
+def mean_loss(graphdef, activation_checkpointing=False):
+    settings = StepSettings(activation_checkpointing=activation_checkpointing)
+    return lambda *args, **named: loss_fn(*args, graphdef=graphdef, settings=settings, **named)[0]
 
 
 def assert_same(left: TrainState, right: TrainState) -> None:
@@ -109,7 +116,7 @@ def test_training_learns_and_only_the_adapter_moves():
     batch = make_batch(0)
     graphdef, start, _ = split_model(make_model())
     held_out = (*(jnp.asarray(x[0]) for x in batch[:2]), draw_batch(2, 3, 0.0))
-    loss = jax.jit(partial(loss_fn, graphdef=graphdef, activation_checkpointing=False))
+    loss = jax.jit(mean_loss(graphdef))
     for _ in range(100):
         state, _ = step(state, frozen, batch, SEED, GRID)
     assert int(state.step) == 100
@@ -163,8 +170,9 @@ def test_without_a_mask_the_program_is_that_of_the_plain_mean(accumulate, monkey
         make_state, frozen, step = make_step.__wrapped__()
         return step.lower(make_state(), frozen, batch, SEED, GRID).as_text()
 
-    def plain_loss(velocity, clean, noise, weight_BT, mask_BYX):
+    def plain_loss(velocity, clean, noise, weight_BT, mask_BYX, *, penalty):
         assert mask_BYX is None
+        assert penalty == SQUARED
         error = velocity.astype(jnp.float32) - (
             noise.astype(jnp.float32) - clean.astype(jnp.float32)
         )
@@ -232,14 +240,7 @@ def test_image_to_video_gives_the_first_frame_and_leaves_it_out_of_the_loss():
 
     graphdef, trainable, frozen = split_model(make_model())
     latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0)[:2])
-    loss = partial(
-        loss_fn,
-        fill_lora_b(trainable),
-        Frozen(frozen),
-        text_BSE=text_BSE,
-        graphdef=graphdef,
-        activation_checkpointing=False,
-    )
+    loss = partial(mean_loss(graphdef), fill_lora_b(trainable), Frozen(frozen), text_BSE=text_BSE)
     louder = draws._replace(noise_TYXC=draws.noise_TYXC.at[:, 0].mul(100.0))
     assert loss(latents_BTYXC, draws=draws) == loss(latents_BTYXC, draws=louder)
     # ... while for text-to-video the same change is seen, and so is another given frame.
@@ -275,15 +276,7 @@ def test_loss_is_the_plain_mean_of_the_trained_frames():
     velocity = model(jnp.asarray(mixed, jnp.float32), draws.sigma_T, text_BSE.astype(jnp.float32))
     error = np.asarray(velocity) - (noise - clean)
     expected = (np.mean(error[0] ** 2) + np.mean(error[1, 1:] ** 2)) / 2
-    got = loss_fn(
-        trainable,
-        Frozen(frozen),
-        latents_BTYXC,
-        text_BSE,
-        draws,
-        graphdef=graphdef,
-        activation_checkpointing=False,
-    )
+    got = mean_loss(graphdef)(trainable, Frozen(frozen), latents_BTYXC, text_BSE, draws)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -296,7 +289,7 @@ def test_recomputing_blocks_changes_no_bit():
     args = (trainable, Frozen(frozen), latents_BTYXC, text_BSE, draws)
     eager, compiled = {}, {}
     for remat in (False, True):
-        loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=remat)
+        loss = mean_loss(graphdef, remat)
         assert ("remat" in str(jax.make_jaxpr(loss)(*args))) is remat
         compiled[remat] = jax.jit(jax.value_and_grad(loss))(*args)
         with jax.disable_jit():
@@ -343,14 +336,12 @@ def test_gradients_of_a_16_bit_model_are_not_rounded_to_it():
     graphdef, trainable, frozen = split_model(make_model())
     frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
     latents_BTYXC, text_BSE = (jnp.asarray(x[0]) for x in make_batch(0)[:2])
-    gradients = jax.grad(loss_fn)(
+    gradients = jax.grad(mean_loss(graphdef, True))(
         fill_lora_b(trainable),
         Frozen(frozen),
         latents_BTYXC,
         text_BSE,
         draw_batch(2, 3, 0.0),
-        graphdef=graphdef,
-        activation_checkpointing=True,
     )
     for name, leaf in flatten_state(gradients).items():
         assert leaf.dtype == jnp.float32, name

@@ -270,6 +270,7 @@ def test_masks_are_found_checked_and_cropped_like_the_clip(data, tmp_path):
 
     (masks / "a.png").unlink()
     assert [clip.mask for clip in data.clips(keys)] == [None, second.mask]
+    assert f"{masks}: has no mask for 1 of 2 files, such as a.mp4; the loss" in data.notes[-1]
     default = data.folder / "default.png"
     Image.new("L", (96, 64), 255).save(default)
     found = data.survey(f"{keys}\ndefault_mask_file = '{default}'")

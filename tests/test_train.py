@@ -18,9 +18,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
-from wan22_jax import examples, train
+from wan22_jax import examples, run_folder, train
 from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
+from wan22_jax.data.batching import make_batching
 from wan22_jax.data.cache import (
     CACHE_FOLDER,
     make_latents_key,
@@ -35,6 +36,7 @@ from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
 from wan22_jax.training import metrics
+from wan22_jax.training.cadence import is_due
 
 BUCKET = Bucket(32, 32, 5)
 CLIPS = 3  # a step each
@@ -196,10 +198,10 @@ def test_a_disk_that_fills_up_midway(where, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("here")
 def test_two_runs_in_one_second_have_two_folders(monkeypatch):
-    monkeypatch.setattr(train.time, "sleep", lambda _: shutil.move("runs/now", "runs/before"))
-    monkeypatch.setattr(train, "datetime", SimpleNamespace(now=lambda _: Clock()))
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: shutil.move("runs/now", "runs/before"))
+    monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(now=lambda _: Clock()))
     for _ in range(2):
-        train._make_run_dir(Path("runs"))
+        run_folder.make_run_dir(Path("runs"))
     assert sorted(path.name for path in Path("runs").iterdir()) == ["before", "now"]
 
 
@@ -241,7 +243,7 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     with pytest.raises(Reached):
         train.train(Path("lora.toml"), settings)
     loader = calls["make_loader"]
-    assert (loader["seed"], loader["micro_batch"], loader["accumulation"]) == (7, 1, 3)
+    assert (loader["seed"], loader["batching"]) == (7, make_batching(1, 1, accumulation=3))
     assert calls["load_transformer"]["dtype"] == "float32"
     scales = {linear.lora_scale for _, linear in calls["split_model"][0].lora_targets()}
     assert scales == {6 / 2}
@@ -250,7 +252,8 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
     assert (optimizer["betas"], optimizer["eps"]) == ((0.5, 0.6), 1e-5)
     assert optimizer["weight_decay"] == 0.25
     step = calls["compile_train_step"]
-    assert (step["i2v_fraction"], step["activation_checkpointing"]) == (0.75, True)
+    settings = step[2]
+    assert (settings.tasks.i2v_fraction, settings.activation_checkpointing) == (0.75, True)
     assert calls["place_frozen"]["blocks_to_swap"] == 1
 
 
@@ -443,8 +446,8 @@ def test_checkpoints_are_due_when_the_config_says(key, moments):
     Path("other.toml").write_text(text)
     config = load_config(Path("other.toml"))
     steps = [(3, 2, False, 1.9), (4, 2, False, 0.1), (7, 2, False, 2.1), (8, 4, True, 0.1)]
-    assert [train.is_due(config, *step) for step in steps] == moments
-    assert not train.is_due(config, 3, 1, True, 0.0)  # not the end of every second epoch
+    assert [is_due(config, *step) for step in steps] == moments
+    assert not is_due(config, 3, 1, True, 0.0)  # not the end of every second epoch
 
 
 @pytest.mark.usefixtures("here")
@@ -478,8 +481,9 @@ def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
     assert run("max_steps=1") == 0
     calls = []
     for name in ("claim_gpu", "keep_compiled", "read_meta"):
-        real = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
+        module = run_folder if name == "read_meta" else train
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
     assert run("--resume_from_checkpoint", "max_steps=1") == 0
     assert calls == ["claim_gpu", "keep_compiled", "read_meta"]
 

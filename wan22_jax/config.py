@@ -15,8 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
+from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.training.draws import TaskMix
 
 Number = int | float
 Dtype = Literal["bfloat16", "float32"]
@@ -84,8 +87,32 @@ class OptimizerConfig(Table):
     eps: float = Field(default=1e-8, gt=0)
 
 
+class EvalDataset(Table):
+    """One of ``eval_datasets``: the name of its curves and its dataset file."""
+
+    name: str = Field(min_length=1)
+    config: str
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+BatchSize = (
+    PositiveInt
+    | Annotated[
+        list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]], Field(min_length=1)
+    ]
+)
+
+
 class TrainConfig(Table):
     """The main file.
+
+    A batch size is a number, or ``[[resolution, size], ...]``, of which each bucket takes the entry
+    of the nearest resolution; those that are not set follow ``micro_batch_size_per_gpu``.
+    ``i2v_first_frames`` latent frames are given in image-to-video examples, or one of a list of
+    such numbers, drawn for each; ``i2v_last_frame_fraction`` of these examples have the last one
+    given too. At most one of ``huber_delta``, ``smooth_l1_beta`` and ``pseudo_huber_c`` replaces
+    the squared error, in training and evaluation. ``eval_i2v`` evaluates image-to-video beside
+    text-to-video, in twice the time.
 
     ``activation_checkpointing`` is a key of ``remat.POLICIES``. ``blocks_to_swap`` of the blocks,
     all if there are fewer, keep their frozen weights in host memory.
@@ -98,13 +125,29 @@ class TrainConfig(Table):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
-    micro_batch_size_per_gpu: int | list[list[int]] = 1
+    micro_batch_size_per_gpu: BatchSize = 1
+    image_micro_batch_size_per_gpu: BatchSize | None = None
+    eval_micro_batch_size_per_gpu: BatchSize | None = None
+    eval_image_micro_batch_size_per_gpu: BatchSize | None = None
+    eval_gradient_accumulation_steps: int = Field(1, ge=1)
+    eval_datasets: list[str | EvalDataset] = []
+    eval_every_n_epochs: int | None = Field(None, ge=1)
+    eval_every_n_steps: int | None = Field(None, ge=1)
+    eval_every_n_examples: int | None = Field(None, ge=1)
+    eval_before_first_step: bool = True
+    eval_i2v: bool = False
+    disable_block_swap_for_eval: bool = False
     gradient_accumulation_steps: int = Field(1, ge=1)
     gradient_clipping: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**31)
     i2v_fraction: float = Field(0.2, ge=0, le=1)
+    i2v_first_frames: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = 1
+    i2v_last_frame_fraction: float = Field(0.0, ge=0, le=1)
+    huber_delta: float | None = Field(None, gt=0)
+    smooth_l1_beta: float | None = Field(None, gt=0)
+    pseudo_huber_c: float | None = Field(None, gt=0)
     activation_checkpointing: bool | str = False
     blocks_to_swap: int = Field(0, ge=0)
     save_every_n_steps: int | None = Field(None, ge=1)
@@ -117,23 +160,10 @@ class TrainConfig(Table):
     uncond_fraction: float = Field(0.0, ge=0, le=1)
     video_clip_mode: ClipMode = "single_beginning"
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
-    image_micro_batch_size_per_gpu: Any = None
-    eval_micro_batch_size_per_gpu: Any = None
-    eval_image_micro_batch_size_per_gpu: Any = None
-    eval_gradient_accumulation_steps: Any = None
-    eval_datasets: Any = None
-    eval_every_n_epochs: Any = None
-    eval_every_n_steps: Any = None
-    eval_every_n_examples: Any = None
-    eval_before_first_step: Any = None
-    disable_block_swap_for_eval: Any = None
     save_every_n_examples: Any = None
     save_dtype: Any = None
     lr_scheduler: Any = None
     force_constant_lr: Any = None
-    huber_delta: Any = None
-    smooth_l1_beta: Any = None
-    pseudo_huber_c: Any = None
     x_axis_examples: Any = None
     steps_per_print: Any = None
     monitoring: Any = None
@@ -152,9 +182,65 @@ class TrainConfig(Table):
 
     @property
     def micro_batch(self) -> int:
-        """Clips of one forward pass; ``load_config`` refuses the list form."""
-        assert isinstance(self.micro_batch_size_per_gpu, int)
-        return self.micro_batch_size_per_gpu
+        """Clips of a forward pass as examples are counted: the first size of a list."""
+        size = self.micro_batch_size_per_gpu
+        return size if isinstance(size, int) else size[0][1]
+
+    @property
+    def batching(self) -> Batching:
+        """How many clips of a bucket train together."""
+        size = self.micro_batch_size_per_gpu
+        return make_batching(
+            size,
+            self.image_micro_batch_size_per_gpu or size,
+            accumulation=self.gradient_accumulation_steps,
+        )
+
+    @property
+    def eval_batching(self) -> Batching:
+        """How many clips of a bucket are evaluated together."""
+        size = self.eval_micro_batch_size_per_gpu or self.micro_batch_size_per_gpu
+        return make_batching(
+            size,
+            self.eval_image_micro_batch_size_per_gpu or size,
+            accumulation=self.eval_gradient_accumulation_steps,
+        )
+
+    @property
+    def eval_sets(self) -> dict[str, Path]:
+        """The dataset files of evaluation, by name; plain strings are 'eval0', 'eval1', ..."""
+        return {
+            f"eval{number}" if isinstance(one, str) else one.name: Path(
+                one if isinstance(one, str) else one.config
+            )
+            for number, one in enumerate(self.eval_datasets)
+        }
+
+    @property
+    def tasks(self) -> TaskMix:
+        """Which frames of the examples are given."""
+        first = self.i2v_first_frames
+        return TaskMix(
+            self.i2v_fraction,
+            (first,) if isinstance(first, int) else tuple(first),
+            self.i2v_last_frame_fraction,
+        )
+
+    @property
+    def penalty(self) -> Penalty:
+        """What an error costs."""
+        (penalty,) = self.penalties or [SQUARED]
+        return penalty
+
+    @property
+    def penalties(self) -> list[Penalty]:
+        """Those that were asked for; ``load_config`` refuses more than one."""
+        asked = {
+            "huber": self.huber_delta,
+            "smooth_l1": self.smooth_l1_beta,
+            "pseudo_huber": self.pseudo_huber_c,
+        }
+        return [Penalty(kind, scale) for kind, scale in asked.items() if scale is not None]
 
 
 class ClipKeys(Table):
@@ -210,7 +296,6 @@ class DatasetConfig(ClipKeys):
 
 
 _LATER_VERSION = "is not supported by this version yet"
-_EVAL = f"evaluation {_LATER_VERSION}"
 _DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
 _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
 
@@ -228,23 +313,10 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter.dropout": ((0.0,), f"LoRA dropout {_LATER_VERSION}"),
     "adapter.exclude_modules": (([],), f"a choice of target modules {_LATER_VERSION}"),
     "adapter.init_from_existing": ((None,), f"starting from an existing LoRA {_LATER_VERSION}"),
-    "image_micro_batch_size_per_gpu": ((None,), f"a batch size for images {_LATER_VERSION}"),
-    "eval_micro_batch_size_per_gpu": ((None,), _EVAL),
-    "eval_image_micro_batch_size_per_gpu": ((None,), _EVAL),
-    "eval_gradient_accumulation_steps": ((None, 1), _EVAL),
-    "eval_datasets": ((None, []), _EVAL),
-    "eval_every_n_epochs": ((None,), _EVAL),
-    "eval_every_n_steps": ((None,), _EVAL),
-    "eval_every_n_examples": ((None,), _EVAL),
-    "eval_before_first_step": ((None, False), _EVAL),
-    "disable_block_swap_for_eval": ((None, False), _EVAL),
     "save_every_n_examples": ((None,), f"saving by examples {_LATER_VERSION}; use steps"),
     "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
     "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
     "force_constant_lr": ((None,), "the schedule is constant; set lr"),
-    "huber_delta": ((None,), f"the Huber loss {_LATER_VERSION}"),
-    "smooth_l1_beta": ((None,), f"the smooth L1 loss {_LATER_VERSION}"),
-    "pseudo_huber_c": ((None,), f"the pseudo-Huber loss {_LATER_VERSION}"),
     "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
     "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
     "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
@@ -277,10 +349,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for override in overrides:
         _apply_override(tree, override)
     config = _validate(TrainConfig, tree, path)
-    if isinstance(config.micro_batch_size_per_gpu, list) or config.micro_batch_size_per_gpu < 1:
+    _check_eval_sets(config, path)
+    if len(config.penalties) > 1:
         raise BadInput(
-            f"{path}: micro_batch_size_per_gpu must be a number >= 1; "
-            f"a batch size per resolution {_LATER_VERSION}"
+            f"{path}: huber_delta, smooth_l1_beta and pseudo_huber_c each choose the loss; "
+            "set one of them"
         )
     if config.adapter is None:
         raise BadInput(
@@ -301,6 +374,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
     return config
+
+
+def _check_eval_sets(config: TrainConfig, path: Path) -> None:
+    if len(config.eval_sets) < len(config.eval_datasets):
+        raise BadInput(f"{path}: eval_datasets: two have one name; give each its own")
+    for name in config.eval_sets:
+        if name == "train" or "/" in name or name.removesuffix("_ema") != name:
+            raise BadInput(
+                f"{path}: eval_datasets: the name {name!r} is taken; choose one that is not "
+                "'train', has no '/' and does not end in '_ema', which name other curves"
+            )
 
 
 def load_dataset(path: Path) -> DatasetConfig:

@@ -1,6 +1,7 @@
 """What does a dataset file ask for: which folders, which buckets, which caches?"""
 
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,29 @@ def read_directories(
         directories.append(Directory(folder, _inherit("num_repeats", own, dataset)))
     _check_apart(directories, dataset_file)
     return directories
+
+
+def read_datasets(
+    dataset_files: Sequence[Path], *, clip_mode: ClipMode = "single_beginning"
+) -> list[Directory]:
+    """Reads several dataset files of one run; a folder that two of them use alike comes once.
+
+    Raises:
+        BadInput: as ``read_directories``, or two files use one folder, and so its one cache, each
+            in its own way.
+    """
+    found: dict[Path, tuple[Path, Directory]] = {}
+    for file in dict.fromkeys(dataset_files):
+        for directory in read_directories(file, clip_mode=clip_mode):
+            path = Path(os.path.realpath(directory.path))
+            first_file, first = found.setdefault(path, (file, directory))
+            if first.folder != directory.folder:
+                raise BadInput(
+                    f"{file}: {directory.path} is also a folder of {first_file}, with other "
+                    "buckets or options; make them the same there, or copy the clips to a folder "
+                    "of their own"
+                )
+    return [directory for _, directory in found.values()]
 
 
 def choose_uncond_fraction(dataset_file: Path, *, in_main_file: float | int) -> float | int:

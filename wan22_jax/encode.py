@@ -33,7 +33,13 @@ from wan22_jax.data.probed import check_stamp
 from wan22_jax.data.survey import SourceClip, survey_folder, take_clips
 from wan22_jax.data.upkeep import collect_garbage, describe_found, verify_cache
 from wan22_jax.data.video import read_clip
-from wan22_jax.dataset import Directory, choose_uncond_fraction, open_caches, read_directories
+from wan22_jax.dataset import (
+    Directory,
+    choose_uncond_fraction,
+    open_caches,
+    read_datasets,
+    read_directories,
+)
 from wan22_jax.errors import BadInput, one_line, run_command
 from wan22_jax.examples import describe_step, open_loader
 from wan22_jax.model_folder import (
@@ -92,6 +98,7 @@ def encode_dataset(
     dataset_file: Path,
     model: Path,
     *,
+    eval_files: Sequence[Path] = (),
     vae_dtype: str = "bfloat16",
     regenerate: bool = False,
     clip_mode: ClipMode = "single_beginning",
@@ -100,11 +107,12 @@ def encode_dataset(
     process: Process = ALONE,
     collect: bool = False,
 ) -> None:
-    """Brings the caches of a dataset file up to date with its folders.
+    """Brings the caches of dataset files up to date with their folders.
 
     Args:
         dataset_file: the dataset TOML.
         model: a model folder that wan22-convert wrote.
+        eval_files: the dataset TOMLs of evaluation.
         vae_dtype: what the VAE computes in, "bfloat16" or "float32".
         regenerate: encode everything, whatever is cached.
         clip_mode: ``video_clip_mode`` of the main file.
@@ -118,7 +126,7 @@ def encode_dataset(
     """
     claim_gpu()
     keep_compiled()
-    directories = read_directories(dataset_file, clip_mode=clip_mode)
+    directories = read_datasets([dataset_file, *eval_files], clip_mode=clip_mode)
     uncond_fraction = choose_uncond_fraction(dataset_file, in_main_file=uncond_fraction)
     more_captions = [""] if uncond_fraction else []
     encoders = name_encoders(read_model_card(model).digests, vae_dtype=vae_dtype)
@@ -160,17 +168,17 @@ def encode_dataset(
 
 
 def verify_dataset(config: TrainConfig) -> None:
-    """Reads every record of a data set's caches; prints a line of counts for each.
+    """Reads every record of the data sets' caches; prints a line of counts for each.
 
     Raises:
         BadInput: a cache is incomplete, or records of it are damaged; names the first of them.
     """
     card = read_model_card(Path(config.model.ckpt_path))
     encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
-    for cache, _ in open_caches(
-        Path(config.dataset), encoders=encoders, clip_mode=config.video_clip_mode
-    ):
-        sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
+    for file in [Path(config.dataset), *config.eval_sets.values()]:
+        caches = open_caches(file, encoders=encoders, clip_mode=config.video_clip_mode)
+        for cache, _ in caches:
+            sys.stdout.write(f"{describe_found(cache, verify_cache(cache))}\n")
 
 
 def show_batch(config: TrainConfig, step: int) -> None:
@@ -201,6 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
     encode_dataset(
         Path(config.dataset),
         Path(config.model.ckpt_path),
+        eval_files=list(config.eval_sets.values()),
         vae_dtype=config.model.vae_dtype,
         regenerate=arguments.regenerate_cache,
         clip_mode=config.video_clip_mode,
@@ -282,10 +291,9 @@ def _describe_rest(work: Work, num_records: int) -> str:
 def _report(config: TrainConfig) -> dict[str, Any]:
     dataset = Path(config.dataset)
     directories = read_directories(dataset, clip_mode=config.video_clip_mode)
-    per_step = config.micro_batch * config.gradient_accumulation_steps
     return report_dataset(
         [(directory.folder, directory.num_repeats) for directory in directories],
-        Epoch(per_step, load_dataset(dataset).subsample_ratio),
+        Epoch(config.batching, load_dataset(dataset).subsample_ratio),
         title=f"Preflight of {dataset}",
         into=Path(config.output_dir),
         print_line=_print,

@@ -14,7 +14,8 @@ from wan22_jax.errors import BadInput
 from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import ModelCard
-from wan22_jax.training.step import draw_examples, split_seed
+from wan22_jax.training.draws import IMAGE_TO_VIDEO, draw_examples
+from wan22_jax.training.step import split_seed
 
 
 def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
@@ -28,8 +29,7 @@ def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
     return make_loader(
         open_caches(dataset, encoders=encoders, clip_mode=config.video_clip_mode),
         seed=config.seed,
-        micro_batch=config.micro_batch,
-        accumulation=config.gradient_accumulation_steps,
+        batching=config.batching,
         subsample_ratio=load_dataset(dataset).subsample_ratio,
         uncond_fraction=choose_uncond_fraction(dataset, in_main_file=config.uncond_fraction),
     )
@@ -72,21 +72,22 @@ def describe_step(config: TrainConfig, loader: Loader, step: int) -> list[str]:
             jnp.arange(len(chosen)),
             sigma_grid=make_grid(config, bucket),
             shape_TYXC=(*bucket.latent_TYX, LATENT_CHANNELS),
-            i2v_fraction=config.i2v_fraction,
+            tasks=config.tasks,
         )
-        return draws.sigma_T, draws.weight_T
+        return draws.sigma, draws.task
 
-    sigma_BT, weight_BT = map(np.asarray, draw())
+    sigma_B, task_B = map(np.asarray, draw())
+    micro_batch = config.batching.micro_batch(bucket)
     epoch, position = divmod(step, loader.steps_per_epoch)
     lines = [
         f"step {step + 1}: {bucket}, epoch {epoch + 1}, {position + 1} of {loader.steps_per_epoch}",
         f"{'micro-batch':>11} {'sigma':>7} task  clip: caption",
     ]
     for number, one in enumerate(chosen):
-        task = "i2v" if weight_BT[number, 0] == 0 else "t2v"
+        task = "i2v" if task_B[number] == IMAGE_TO_VIDEO else "t2v"
         caption = "(dropped)" if one.caption is None else repr(one.read_caption())
         lines.append(
-            f"{number // config.micro_batch + 1:>11} {sigma_BT[number, -1]:>7.4f} {task}   "
+            f"{number // micro_batch + 1:>11} {sigma_B[number]:>7.4f} {task}   "
             f"{one.cache.folder.parents[1] / one.file}: {caption}"
         )
     return lines

@@ -6,29 +6,25 @@ its checkpoint as if it had not: the step number is all that has to be known.
 
 import argparse
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from wan22_jax.checkpoint import find_run, open_checkpoints, read_meta, restore_state, save_state
-from wan22_jax.config import TrainConfig, dump_config, load_config
-from wan22_jax.data.loader import Loader
-from wan22_jax.errors import BadInput, run_command
+from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
+from wan22_jax.config import load_config
+from wan22_jax.errors import run_command
 from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
-    ModelCard,
     choose_transformer_dtype,
     load_transformer,
     read_model_card,
 )
+from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.sharding import (
     claim_gpu,
     describe_peak_memory,
@@ -36,10 +32,12 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
+from wan22_jax.training.cadence import is_due
 from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
+    StepSettings,
     compile_train_step,
     init_state,
     place_frozen,
@@ -147,8 +145,11 @@ def train(
     train_step = compile_train_step(
         graphdef,
         optimizer,
-        i2v_fraction=config.i2v_fraction,
-        activation_checkpointing=config.activation_checkpointing,
+        StepSettings(
+            config.tasks,
+            config.penalty,
+            activation_checkpointing=config.activation_checkpointing,
+        ),
         sharding=sharding,
     )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)
@@ -195,89 +196,6 @@ def train(
     log.info("%s", describe_peak_memory())
     log.info("done: %d steps, last checkpoint %s/checkpoints/%d", saved_step, run_dir, saved_step)
     return run_dir
-
-
-def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
-    """Makes what every checkpoint of the run says of it, beside its step."""
-    assert config.adapter is not None  # load_config refuses the rest
-    rank = config.adapter.rank
-    return {
-        "rank": rank,
-        "alpha": float(rank if config.adapter.alpha is None else config.adapter.alpha),
-        "base_digest": card.digests["transformer"],
-        "seed": config.seed,
-        "steps_per_epoch": loader.steps_per_epoch,
-        "config": config.model_dump(exclude_none=True),
-    }
-
-
-def open_run(
-    config: TrainConfig, config_file: Path, *, resume: bool | str, meta: dict[str, Any]
-) -> Path:
-    """Makes a new run folder with its configs, or returns the one to resume.
-
-    Raises:
-        BadInput: there is nothing to resume, or it was trained on another base or adapter shape.
-    """
-    output_dir = Path(config.output_dir)
-    if not resume:
-        run_dir = _make_run_dir(output_dir)
-        (run_dir / config_file.name).write_text(dump_config(config), "utf-8")
-        shutil.copy(config.dataset, run_dir)
-        return run_dir
-    run_dir = find_run(output_dir, resume if isinstance(resume, str) else None)
-    saved = read_meta(run_dir)
-    for name, what in (("base_digest", "base model"), ("rank", "rank"), ("alpha", "alpha")):
-        if saved[name] != meta[name]:
-            raise BadInput(
-                f"{run_dir}: was trained with {what} {saved[name]}, the config has {meta[name]}; "
-                "resume with the original or start a new run"
-            )
-    for change in _list_changes(saved, meta):
-        log.info("changed since the checkpoint: %s", change)
-    return run_dir
-
-
-def _make_run_dir(output_dir: Path) -> Path:
-    while True:  # two runs that start in the same second take two names
-        run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            time.sleep(0.1)
-        else:
-            return run_dir
-
-
-def is_due(
-    config: TrainConfig, step: int, epoch: int, ends_epoch: bool, minutes_since_save: float
-) -> bool:
-    """Whether the config asks for a checkpoint after this step."""
-    every = (config.save_every_n_steps, config.checkpoint_every_n_steps)
-    if any(n is not None and step % n == 0 for n in every):
-        return True
-    every = (config.save_every_n_epochs, config.checkpoint_every_n_epochs)
-    if ends_epoch and any(n is not None and epoch % n == 0 for n in every):
-        return True
-    minutes = config.checkpoint_every_n_minutes
-    return minutes is not None and minutes_since_save >= minutes
-
-
-def _list_changes(saved: dict[str, Any], meta: dict[str, Any]) -> list[str]:
-    before, now = _flatten(saved), _flatten(meta)
-    return [
-        f"{name} {before.get(name)} -> {now.get(name)}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name) and name not in ("step", "version")
-    ]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ is given has to show the same.
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,11 @@ def list_unused(companions: dict[str, Path], files: Iterable[str]) -> list[Path]
     """Lists the companions that none of the clips has."""
     names = {file.rpartition(".")[0] for file in files}
     return [path for name, path in companions.items() if name not in names]
+
+
+def list_without(companions: dict[str, Path], files: Sequence[str]) -> list[str]:
+    """Lists the files that have no companion."""
+    return [file for file in files if file.rpartition(".")[0] not in companions]
 
 
 def check_mask(path: Path, info: MediaInfo) -> str:

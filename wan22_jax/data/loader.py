@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from wan22_jax.batch import Batch
+from wan22_jax.data.batching import Batching, count_steps
 from wan22_jax.data.cache import Cache
 from wan22_jax.data.index import NOWHERE
 from wan22_jax.errors import BadInput
@@ -58,8 +59,7 @@ def make_loader(
     caches: Sequence[tuple[Cache, float | int]],
     *,
     seed: int,
-    micro_batch: int,
-    accumulation: int,
+    batching: Batching,
     subsample_ratio: float | int | None = None,
     uncond_fraction: float | int = 0,
     process_index: int = 0,
@@ -70,8 +70,8 @@ def make_loader(
     Args:
         caches: each with its ``num_repeats``: how often an epoch uses its clips; 0.5 uses half.
         seed: not negative.
-        micro_batch: clips in one forward pass, of all devices and processes together.
-        accumulation: forward passes in one step.
+        batching: clips in one forward pass, of all devices and processes together, and forward
+            passes in one step.
         subsample_ratio: an epoch ends after this share of its steps; others every time.
         uncond_fraction: probability that the empty caption takes the place of a clip's own.
         process_index: reads this part of every micro-batch ...
@@ -81,46 +81,49 @@ def make_loader(
         BadInput: no bucket has as many clips as one step takes, an epoch has no step, a cache has
             no empty caption though one is asked for, or micro-batches do not divide.
     """
-    if micro_batch % process_count:
-        raise BadInput(
-            f"a micro-batch of {micro_batch} clips does not divide among {process_count} "
-            "processes; make micro_batch_size_per_gpu x GPUs a multiple of them"
-        )
     for cache, _ in caches:
         if uncond_fraction and cache.uncond_row == NOWHERE:
             raise BadInput(
                 f"{cache.folder}: holds no empty caption, which uncond_fraction = "
                 f"{uncond_fraction} needs; run wan22-cache on this dataset"
             )
-    entries = _list_entries(caches)
-    per_step = micro_batch * accumulation
-    report = [_describe(bucket, len(entries[bucket]), per_step) for bucket in sorted(entries)]
-    usable = {b: entries[b] for b in sorted(entries) if len(entries[b]) >= per_step}
+    entries = list_entries(caches)
+    counts = {bucket: len(entries[bucket]) for bucket in sorted(entries)}
+    length = count_steps(counts, batching, subsample_ratio=subsample_ratio)
+    for bucket in counts:
+        if (size := batching.micro_batch(bucket)) % process_count:
+            raise BadInput(
+                f"a micro-batch of {size} clips does not divide among {process_count} "
+                "processes; make micro_batch_size_per_gpu x GPUs a multiple of them"
+            )
+    report = [_describe(bucket, counts[bucket], batching.per_step(bucket)) for bucket in counts]
+    usable = {bucket: entries[bucket] for bucket in counts if length.steps[bucket]}
     if not usable:
+        takes = " or ".join(map(str, sorted({batching.per_step(bucket) for bucket in counts})))
         raise BadInput(
-            f"{', '.join(str(cache.folder) for cache, _ in caches)}: one step takes {per_step} "
+            f"{', '.join(str(cache.folder) for cache, _ in caches)}: one step takes {takes} "
             "clips of one bucket (micro_batch_size_per_gpu x gradient_accumulation_steps x GPUs), "
             f"but there are: {'; '.join(report)}; add clips, raise num_repeats or lower those"
         )
-    num_steps = sum(len(some) // per_step for some in usable.values())
-    kept = num_steps if subsample_ratio is None else int(num_steps * subsample_ratio)
-    if not kept:
+    num_steps = length.kept + length.left_out
+    if not length.kept:
         raise BadInput(
             f"subsample_ratio = {subsample_ratio} of the {num_steps} steps of an epoch leaves "
             "none; raise it"
         )
-    if kept < num_steps:
-        report.append(f"subsample_ratio keeps {kept} of {num_steps} steps, others each epoch")
-    size = micro_batch // process_count
-    positions_AB = np.arange(per_step).reshape(accumulation, micro_batch)
+    if length.left_out:
+        report.append(
+            f"subsample_ratio keeps {length.kept} of {num_steps} steps, others each epoch"
+        )
     return Loader(
         [cache for cache, _ in caches],
         usable,
         seed=seed,
-        per_step=per_step,
-        own_AB=positions_AB[:, process_index * size : (process_index + 1) * size],
-        steps_per_epoch=kept,
+        batching=batching,
+        steps_per_epoch=length.kept,
         uncond_fraction=uncond_fraction,
+        process_index=process_index,
+        process_count=process_count,
         report=report,
     )
 
@@ -140,10 +143,11 @@ class Loader:
         entries: dict[Bucket, np.ndarray],
         *,
         seed: int,
-        per_step: int,
-        own_AB: np.ndarray,
+        batching: Batching,
         steps_per_epoch: int,
         uncond_fraction: float | int,
+        process_index: int,
+        process_count: int,
         report: Sequence[str],
     ):
         self._caches = caches
@@ -151,10 +155,10 @@ class Loader:
         self._sizes = [len(some) for some in entries.values()]
         self._entries = np.concatenate(list(entries.values()))
         self._bucket_start = np.cumsum([0, *self._sizes])
-        self._masked = [_has_masks(caches, some) for some in entries.values()]
+        self._masked = [has_masks(caches, some) for some in entries.values()]
         self._seed = seed
-        self._per_step = per_step
-        self._own_AB = own_AB  # positions in the global batch
+        self._batching = batching
+        self._process = process_index, process_count
         self._uncond_fraction = uncond_fraction
         self._order = functools.lru_cache(2)(self._shuffle)  # steps read ahead span two epochs
         self.steps_per_epoch = steps_per_epoch
@@ -162,25 +166,20 @@ class Loader:
 
     def __getitem__(self, step: int) -> Step:
         bucket, chosen = self.choose(step)
-        own = [chosen[position] for position in self._own_AB.flat]
-        clips = [one.cache.read(one.clip, caption=one.caption) for one in own]
-        mask_ABYX = None
-        if self._masked[self._buckets.index(bucket)]:  # not by the batch: one program a bucket
-            ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
-            mask_ABYX = self._split([ones_YX if c.mask_YX is None else c.mask_YX for c in clips])
-        batch = Batch(
-            self._split([clip.latents_TYXC for clip in clips]),
-            self._split(pad_text([clip.text_SE for clip in clips])),
-            mask_ABYX,
-        )
+        own_AB = self._list_own(bucket)
+        own = [chosen[position] for position in own_AB.flat]
+        # Masks not by the batch: one program a bucket.
+        masked = self._masked[self._buckets.index(bucket)]
+        batch = read_batch(own, bucket, shape_AB=own_AB.shape, masked=masked)
         return Step(batch, bucket, tuple(one.file for one in chosen))
 
     def choose(self, step: int) -> tuple[Bucket, list[Chosen]]:
         """Returns the bucket and the global batch of a step without reading it."""
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._order(epoch)[position]
+        rows = rows[rows != NOWHERE]
         bucket = int(np.searchsorted(self._bucket_start, rows[0], side="right")) - 1
-        draws = np.random.default_rng((self._seed, step, _UNCOND)).random(self._per_step)
+        draws = np.random.default_rng((self._seed, step, _UNCOND)).random(len(rows))
         dropped = draws < self._uncond_fraction
         return self._buckets[bucket], [
             Chosen(self._caches[cache], clip, None if is_dropped else caption)
@@ -196,20 +195,55 @@ class Loader:
         return iter(steps.to_iter_dataset(options))
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        """Draws the entries of each step of an epoch, [steps, clips]."""
+        """Draws the entries of each step of an epoch, [steps, clips], NOWHERE behind the last."""
         rng = np.random.default_rng((self._seed, epoch))
+        per_step = [self._batching.per_step(bucket) for bucket in self._buckets]
         batches = []
-        for start, size in zip(self._bucket_start, self._sizes, strict=False):
-            shuffled = rng.permutation(size)[: size // self._per_step * self._per_step]
-            batches.append((start + shuffled).reshape(-1, self._per_step))
+        for start, size, count in zip(self._bucket_start[:-1], self._sizes, per_step, strict=True):
+            shuffled = start + rng.permutation(size)[: size // count * count].reshape(-1, count)
+            fill = ((0, 0), (0, max(per_step) - count))
+            batches.append(np.pad(shuffled, fill, constant_values=NOWHERE))
         return rng.permutation(np.concatenate(batches))[: self.steps_per_epoch]
 
-    def _split(self, arrays: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    def _list_own(self, bucket: Bucket) -> np.ndarray:
+        """Lists the positions in a global batch that this process reads, [A, B]."""
+        index, count = self._process
+        size = self._batching.micro_batch(bucket)
+        positions_AB = np.arange(self._batching.per_step(bucket)).reshape(-1, size)
+        return positions_AB[:, size // count * index : size // count * (index + 1)]
+
+
+def read_batch(
+    examples: Sequence[Chosen], bucket: Bucket, *, shape_AB: tuple[int, ...], masked: bool
+) -> Batch:
+    """Reads examples of one bucket, A times B of them; raises BadInput where one is damaged.
+
+    Args:
+        examples: in the order of their places.
+        bucket: theirs.
+        shape_AB: micro-batches, and examples of each.
+        masked: whether the batch has masks; an example without one then gets ones.
+    """
+    clips = [one.cache.read(one.clip, caption=one.caption) for one in examples]
+
+    def split(arrays: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         array = np.asarray(arrays)
-        return array.reshape(*self._own_AB.shape, *array.shape[1:])
+        return array.reshape(*shape_AB, *array.shape[1:])
+
+    ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
+    masks = [ones_YX if clip.mask_YX is None else clip.mask_YX for clip in clips]
+    return Batch(
+        split([clip.latents_TYXC for clip in clips]),
+        split(pad_text([clip.text_SE for clip in clips])),
+        split(masks) if masked else None,
+    )
 
 
-def _list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
+def list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
+    """Lists what an epoch over caches, each with its ``num_repeats``, has of each bucket.
+
+    Each entry is a cache, a clip in it and one of its captions, all by number.
+    """
     entries: dict[Bucket, list[np.ndarray]] = {}
     for cache_number, (cache, num_repeats) in enumerate(caches):
         num_captions_N = np.diff(cache.clips.text_end_N, prepend=0)
@@ -226,7 +260,8 @@ def _list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, n
     return {bucket: np.concatenate(some) for bucket, some in entries.items()}
 
 
-def _has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
+def has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
+    """Whether any of these entries has a mask."""
     return any(
         bool(np.any(cache.clips.mask_row_N[entries["clip"][entries["cache"] == number]] != NOWHERE))
         for number, cache in enumerate(caches)

@@ -5,8 +5,9 @@
   files     per file: size, frames and rate as it says and at 24 fps, frames kept, clips, verdict
             ('used', 'skipped': the dataset file says so, 'dropped': no bucket takes it, 'error')
             and the reason why it has no clips
-  buckets   per bucket: clips, entries of an epoch (repeats and captions counted), steps, entries
-            that each epoch leaves out (others every time), tokens of a clip, bytes of all latents
+  buckets   per bucket: clips, entries of an epoch (repeats and captions counted), clips of a step,
+            steps, entries that each epoch leaves out (others every time), tokens of a clip, bytes
+            of all latents
   totals    files by verdict, clips, steps and (mean) tokens an epoch, bytes
   notes     what else lies there
 
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from wan22_jax.data.batching import Batching, EpochLength, count_steps
 from wan22_jax.data.preflight_page import Page
 from wan22_jax.data.survey import Folder, Outcome, survey_folder
 from wan22_jax.geometry import FPS, Bucket
@@ -30,7 +32,7 @@ JSON_NAME, PAGE_NAME = "preflight.json", "preflight.html"
 class Epoch(NamedTuple):
     """What the training config says of an epoch."""
 
-    per_step: int  # clips of one optimizer step
+    batching: Batching
     subsample_ratio: float | int | None = None
 
 
@@ -76,7 +78,9 @@ def report_dataset(
                     entries[clip.bucket] += len(clip.captions)
             for bucket, number in entries.items():
                 counts.entries[bucket] += int(number * num_repeats)
-        buckets, totals = _describe_buckets(counts, epoch), _sum_up(counts, epoch)
+        length = count_steps(counts.entries, epoch.batching, subsample_ratio=epoch.subsample_ratio)
+        buckets = _describe_buckets(counts, epoch.batching, length)
+        totals = _sum_up(counts, epoch.batching, length)
         rest = {"buckets": buckets, "totals": totals, "notes": notes}
         file.write(f"\n], {json.dumps(rest)[1:]}\n")
     with _write_whole(into / PAGE_NAME) as file:
@@ -129,14 +133,17 @@ def _describe_file(outcome: Outcome) -> dict[str, Any]:
     return row
 
 
-def _describe_buckets(counts: _Counts, epoch: Epoch) -> list[dict[str, Any]]:
+def _describe_buckets(
+    counts: _Counts, batching: Batching, length: EpochLength
+) -> list[dict[str, Any]]:
     return [
         {
             "bucket": str(bucket),
             "clips": counts.clips[bucket],
             "entries": counts.entries[bucket],
-            "steps": counts.entries[bucket] // epoch.per_step,
-            "left_out_each_epoch": counts.entries[bucket] % epoch.per_step,
+            "clips_per_step": batching.per_step(bucket),
+            "steps": length.steps[bucket],
+            "left_out_each_epoch": counts.entries[bucket] % batching.per_step(bucket),
             "tokens": bucket.num_tokens,
             "bytes": counts.clips[bucket] * bucket.num_bytes,
         }
@@ -144,21 +151,17 @@ def _describe_buckets(counts: _Counts, epoch: Epoch) -> list[dict[str, Any]]:
     ]
 
 
-def _sum_up(counts: _Counts, epoch: Epoch) -> dict[str, Any]:
-    steps = {bucket: counts.entries[bucket] // epoch.per_step for bucket in counts.clips}
-    num_steps = sum(steps.values())
-    ratio = epoch.subsample_ratio
-    kept = num_steps if ratio is None else int(num_steps * ratio)
-    tokens = sum(n * epoch.per_step * bucket.num_tokens for bucket, n in steps.items())
+def _sum_up(counts: _Counts, batching: Batching, length: EpochLength) -> dict[str, Any]:
+    steps, num_steps = length.steps, length.kept + length.left_out
+    tokens = sum(n * batching.per_step(bucket) * bucket.num_tokens for bucket, n in steps.items())
     verdicts = ("used", "skipped", "dropped", "error")
     return {
         "files": {verdict: counts.verdicts[verdict] for verdict in verdicts},
         "clips": counts.clips.total(),
         "clips_never_trained": sum(counts.clips[bucket] for bucket in steps if not steps[bucket]),
-        "clips_per_step": epoch.per_step,
-        "steps_per_epoch": kept,
-        "steps_left_out_by_subsample_ratio": num_steps - kept,
-        "tokens_per_epoch": tokens * kept // max(num_steps, 1),
+        "steps_per_epoch": length.kept,
+        "steps_left_out_by_subsample_ratio": length.left_out,
+        "tokens_per_epoch": tokens * length.kept // max(num_steps, 1),
         "bytes": sum(bucket.num_bytes * number for bucket, number in counts.clips.items()),
     }
 
@@ -178,20 +181,20 @@ def _format_file(row: dict[str, Any]) -> str:
 
 
 def _format_table(buckets: Iterable[dict[str, Any]], totals: dict[str, Any]) -> Iterator[str]:
-    heads = ("bucket", "clips", "entries", "steps", "left out", "tokens", "MB")
-    yield "{:>16} {:>8} {:>8} {:>8} {:>9} {:>8} {:>9}".format(*heads)
+    heads = ("bucket", "clips", "entries", "a step", "steps", "left out", "tokens", "MB")
+    yield "{:>16} {:>8} {:>8} {:>6} {:>8} {:>9} {:>8} {:>9}".format(*heads)
     for row in buckets:
         yield (
-            f"{row['bucket']:>16} {row['clips']:>8} {row['entries']:>8} {row['steps']:>8} "
-            f"{row['left_out_each_epoch']:>9} {row['tokens']:>8} {row['bytes'] / 1e6:>9.1f}"
+            f"{row['bucket']:>16} {row['clips']:>8} {row['entries']:>8} "
+            f"{row['clips_per_step']:>6} {row['steps']:>8} {row['left_out_each_epoch']:>9} "
+            f"{row['tokens']:>8} {row['bytes'] / 1e6:>9.1f}"
             + ("" if row["steps"] else "  never trained: fewer entries than a step takes")
         )
     files = ", ".join(f"{number} {verdict}" for verdict, number in totals["files"].items())
     yield f"files: {files}"
     yield (
-        f"{totals['clips']} clips, {totals['clips_per_step']} a step: "
-        f"{totals['steps_per_epoch']} steps and {totals['tokens_per_epoch']} tokens an epoch, "
-        f"{totals['bytes'] / 1e9:.3f} GB of latents"
+        f"{totals['clips']} clips: {totals['steps_per_epoch']} steps and "
+        f"{totals['tokens_per_epoch']} tokens an epoch, {totals['bytes'] / 1e9:.3f} GB of latents"
     )
     if left_out := totals["steps_left_out_by_subsample_ratio"]:
         yield f"subsample_ratio leaves out {left_out} more steps of each epoch, others every time"

@@ -81,7 +81,6 @@ class Page:
         cards = {
             **{f"files {_VERDICTS[v]}": totals["files"][v] for v in reversed(_VERDICTS)},
             "clips": totals["clips"],
-            "clips a step": totals["clips_per_step"],
             "steps an epoch": totals["steps_per_epoch"],
             "tokens an epoch": f"{totals['tokens_per_epoch']:,}",
             "GB of latents": f"{totals['bytes'] / 1e9:.3f}",
@@ -113,14 +112,16 @@ _FILE_HEAD = (
 def _write_buckets(file: TextIO, buckets: Sequence[dict[str, Any]]) -> None:
     file.write(
         '<table class="buckets"><tr><th>bucket<th class=n>clips<th class=n>entries an epoch'
-        "<th class=n>steps<th class=n>left out each epoch<th class=n>tokens a clip<th class=n>MB\n"
+        "<th class=n>clips a step<th class=n>steps<th class=n>left out each epoch"
+        "<th class=n>tokens a clip<th class=n>MB\n"
     )
     for row in buckets:
         never = "" if row["steps"] else ' <span class="dropped">never trained</span>'
         file.write(
             f"<tr><td>{row['bucket']}{never}<td class=n>{row['clips']}<td class=n>{row['entries']}"
-            f"<td class=n>{row['steps']}<td class=n>{row['left_out_each_epoch']}"
-            f"<td class=n>{row['tokens']}<td class=n>{row['bytes'] / 1e6:.1f}\n"
+            f"<td class=n>{row['clips_per_step']}<td class=n>{row['steps']}"
+            f"<td class=n>{row['left_out_each_epoch']}<td class=n>{row['tokens']}"
+            f"<td class=n>{row['bytes'] / 1e6:.1f}\n"
         )
     file.write("</table>\n")
 

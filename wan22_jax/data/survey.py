@@ -24,6 +24,7 @@ from wan22_jax.data.companions import (
     digest_file,
     list_companions,
     list_unused,
+    list_without,
 )
 from wan22_jax.data.cuts import CutRule, choose_starts, name_cut, retime
 from wan22_jax.data.probed import Facts, Stamp, read_stamp
@@ -124,6 +125,12 @@ def survey_folder(folder: Folder, *, warn: Callable[[str], None]) -> Iterator[Ou
         warn(line)
     for path in list_unused(masks, files) + list_unused(firsts, files):
         warn(f"{path}: left out, no clip has this name")
+    bare = list_without(masks, files)
+    if folder.mask_path is not None and folder.default_mask_file is None and bare:
+        warn(
+            f"{folder.mask_path}: has no mask for {len(bare)} of {len(files)} files, such as "
+            f"{bare[0]}; the loss of these counts everywhere"
+        )
     with (
         Facts(folder.cache_folder) as facts,
         ThreadPoolExecutor(os.cpu_count()) as pool,

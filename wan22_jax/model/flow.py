@@ -4,7 +4,9 @@ Training draws as diffusion-pipe does (its behaviour, section 3.1): a grid of 10
 the chosen density, shifted towards noise, cut to [min_t, max_t), and a uniform index into it.
 """
 
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,23 +76,56 @@ def add_noise(
     return (1 - sigma_BT111) * clean_BTYXC + sigma_BT111 * noise_BTYXC
 
 
+@dataclass(frozen=True)
+class Penalty:
+    """What an error r of one element costs; large errors cost less than their square.
+
+    - "squared": r^2
+    - "huber", scale d: r^2 / 2 up to d, then d (|r| - d / 2)
+    - "smooth_l1", scale b: r^2 / (2 b) up to b, then |r| - b / 2
+    - "pseudo_huber", scale c: sqrt(r^2 + c^2) - c, which is r^2 / (2 c) near 0 and |r| - c far off
+
+    The first three are PyTorch's mse_loss, huber_loss and smooth_l1_loss, the last is what
+    diffusion-pipe's ``pseudo_huber_c`` was.
+    """
+
+    kind: Literal["squared", "huber", "smooth_l1", "pseudo_huber"] = "squared"
+    scale: float = 1.0
+
+    def __call__(self, error: jax.Array) -> jax.Array:
+        """Returns the cost of each error, in the error's dtype."""
+        if self.kind == "squared":
+            return jnp.square(error)
+        scale, size, square = self.scale, jnp.abs(error), jnp.square(error)
+        if self.kind == "huber":
+            return jnp.where(size <= scale, 0.5 * square, scale * (size - 0.5 * scale))
+        if self.kind == "smooth_l1":
+            return jnp.where(size < scale, 0.5 * square / scale, size - 0.5 * scale)
+        # The difference of two near numbers, put so that small errors do not drown in rounding.
+        return square / (jnp.sqrt(square + scale * scale) + scale)
+
+
+SQUARED = Penalty()
+
+
 def velocity_loss(
     velocity_BTYXC: Float[Array, "B T Y X C"],
     clean_BTYXC: Float[Array, "B T Y X C"],
     noise_BTYXC: Float[Array, "B T Y X C"],
     weight_BT: Float[Array, "B T"],
     mask_BYX: Float[Array, "B Y X"] | None = None,
+    *,
+    penalty: Penalty = SQUARED,
 ) -> Float[Array, " B"]:
-    """Mean squared error to noise - clean over the frames with weight 1, one value an example.
+    """Mean penalty of the error to noise - clean over the frames with weight 1, one an example.
 
-    Float32. A frame of weight 0 (a given first frame) is left out of sum and count alike, so a
-    text-to-video example is the plain mean over all its elements. A mask multiplies the squares
+    Float32. A frame of weight 0 (a given frame) is left out of sum and count alike, so a
+    text-to-video example is the plain mean over all its elements. A mask multiplies the penalties
     of every frame and channel and leaves their count as it is (diffusion-pipe, section 3.2).
     """
     target_BTYXC = noise_BTYXC.astype(jnp.float32) - clean_BTYXC.astype(jnp.float32)
-    error_BTYXC = velocity_BTYXC.astype(jnp.float32) - target_BTYXC
-    square_BTYXC = jnp.square(error_BTYXC)
+    cost_BTYXC = penalty(velocity_BTYXC.astype(jnp.float32) - target_BTYXC)
     if mask_BYX is not None:
-        square_BTYXC *= mask_BYX.astype(jnp.float32)[:, None, :, :, None]
-    frame_loss_BT = jnp.mean(square_BTYXC, axis=(2, 3, 4))
+        cost_BTYXC *= mask_BYX.astype(jnp.float32)[:, None, :, :, None]
+    frame_loss_BT = jnp.mean(cost_BTYXC, axis=(2, 3, 4))
     return jnp.sum(frame_loss_BT * weight_BT, axis=1) / jnp.sum(weight_BT, axis=1)

@@ -91,7 +91,7 @@ class Progress:
         self._bar.write(line)
 
     def _finish(self, report: StepReport, seconds: float | None) -> None:
-        values = {name: float(value) for name, value in report.metrics.items()}
+        values = {name: float(value) for name, value in report.metrics.items() if value.ndim == 0}
         if not math.isfinite(values["loss"]):
             raise BadInput(
                 f"the loss of step {report.step} is {values['loss']} (clips: "

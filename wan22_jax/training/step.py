@@ -1,10 +1,11 @@
 """The train step: from a batch and a seed to the next state.
 
-Every draw (noise level, noise, task) is a function of (seed, step, position in the global batch),
-so that a resumed run repeats nothing and stores no random state.
+Every draw is a function of (seed, step, position in the global batch), see ``draws.py``, so that a
+resumed run repeats nothing and stores no random state.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from wan22_jax.batch import Batch
 from wan22_jax.model.block_weights import Arrays, join_linears, named_arrays
-from wan22_jax.model.flow import add_noise, sample_sigma, velocity_loss
+from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.full import Weights, merge_full
+from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
 
 
 class TrainState(NamedTuple):
@@ -33,12 +35,13 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Draws(NamedTuple):
-    """What one training example adds to its clip."""
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step trains: constants of its compiled program."""
 
-    noise_TYXC: Float[Array, "T Y X C"]
-    sigma_T: Float[Array, " T"]  # 0 on a given frame
-    weight_T: Float[Array, " T"]  # 1 on frames that are trained, 0 on a given frame
+    tasks: TaskMix = TEXT_ALONE
+    penalty: Penalty = SQUARED
+    activation_checkpointing: bool | str = False  # what the backward pass keeps, remat.POLICIES
 
 
 class Frozen(NamedTuple):
@@ -102,6 +105,18 @@ def place_frozen(
     return Frozen(jax.device_put(without_blocks, sharding), tuple(parts))
 
 
+def gather_frozen(frozen: Frozen, sharding: Sharding) -> Frozen:
+    """Copies what waits in host memory to the device; to the same values, without streaming."""
+
+    def gather(part: list[Arrays] | Streamed) -> list[Arrays]:
+        if isinstance(part, list):
+            return part
+        on_host = jax.device_put(part.on_host, sharding)
+        return [dict(here) | there for here, there in zip(part.on_device, on_host, strict=True)]
+
+    return frozen._replace(parts=tuple(map(gather, frozen.parts)))
+
+
 def split_seed(seed: int) -> tuple[Array, Array]:
     """Makes a run's two keys: of the adapter's first values and of the examples' draws."""
     lora_key, draw_key = jax.random.split(jax.random.key(seed))
@@ -113,55 +128,6 @@ def init_state(trainable: nnx.State | Weights, optimizer: Optimizer) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
-def draw_example(
-    key: Array,
-    *,
-    sigma_grid: Float[Array, " G"],
-    shape_TYXC: tuple[int, ...],
-    i2v_fraction: float,
-) -> Draws:
-    """Draws noise level, noise and task of one example.
-
-    With probability ``i2v_fraction`` the example trains image-to-video as the model is used for
-    it (spec 4.5): latent frame 0 stays clean, its sigma is 0 and it is left out of the loss. An
-    image has no second frame to train, so it is always text-to-image.
-    """
-    sigma_key, noise_key, task_key = jax.random.split(key, 3)
-    num_frames = shape_TYXC[0]
-    fraction = i2v_fraction if num_frames > 1 else 0.0
-    is_i2v = jax.random.uniform(task_key) < fraction
-    weight_T = jnp.where((jnp.arange(num_frames) == 0) & is_i2v, 0.0, 1.0)
-    return Draws(
-        noise_TYXC=jax.random.normal(noise_key, shape_TYXC, jnp.float32),
-        sigma_T=weight_T * sample_sigma(sigma_grid, sigma_key),
-        weight_T=weight_T,
-    )
-
-
-def draw_examples(
-    step_key: Array,
-    positions_B: Int[Array, " B"],
-    *,
-    sigma_grid: Float[Array, " G"],
-    shape_TYXC: tuple[int, ...],
-    i2v_fraction: float,
-) -> Draws:
-    """Draws the examples at some positions of a step's global batch, see ``draw_example``.
-
-    Args:
-        step_key: ``fold_in`` of ``split_seed``'s second key and the step, counted from 0.
-        positions_B: of each example, counted over the accumulated micro-batches.
-        sigma_grid: see ``flow.sigma_grid``.
-        shape_TYXC: of the latents.
-        i2v_fraction: share of image-to-video examples.
-    """
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions_B)
-    draw = partial(
-        draw_example, sigma_grid=sigma_grid, shape_TYXC=shape_TYXC, i2v_fraction=i2v_fraction
-    )
-    return jax.vmap(draw)(keys_B)
-
-
 def loss_fn(
     trainable: nnx.State | Weights,
     frozen: Frozen,
@@ -171,9 +137,9 @@ def loss_fn(
     mask_BYX: Float[Array, "B Y X"] | None = None,
     *,
     graphdef: nnx.GraphDef,
-    activation_checkpointing: bool | str,
-) -> Float[Array, ""]:
-    """The mean over examples of the velocity error; ``draws`` has a leading batch axis."""
+    settings: StepSettings,
+) -> tuple[Float[Array, ""], Float[Array, " B"]]:
+    """The velocity error, mean over examples and of each; ``draws`` has a leading batch axis."""
     if isinstance(trainable, nnx.State):
         model, parts = nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
     else:
@@ -185,11 +151,18 @@ def loss_fn(
         noisy_BTYXC,
         draws.sigma_T,
         text_BSE,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing,
         parts=parts,
     )
-    loss_B = velocity_loss(velocity_BTYXC, clean_BTYXC, draws.noise_TYXC, draws.weight_T, mask_BYX)
-    return loss_B.mean()
+    loss_B = velocity_loss(
+        velocity_BTYXC,
+        clean_BTYXC,
+        draws.noise_TYXC,
+        draws.weight_T,
+        mask_BYX,
+        penalty=settings.penalty,
+    )
+    return loss_B.mean(), loss_B
 
 
 def train_step(
@@ -201,10 +174,9 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: Optimizer,
-    i2v_fraction: float,
-    activation_checkpointing: bool | str,
+    settings: StepSettings,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step over the accumulated micro-batches; returns loss and gradient norm.
+    """One optimizer step over the accumulated micro-batches.
 
     Args:
         state: donated by ``compile_train_step``.
@@ -214,51 +186,58 @@ def train_step(
         sigma_grid: see ``flow.sigma_grid``.
         graphdef: structure of the model, from ``split_model``.
         optimizer: as given to ``init_state``.
-        i2v_fraction: share of image-to-video examples.
-        activation_checkpointing: what the backward pass keeps, see ``remat.POLICIES``.
+        settings: which tasks, which loss, what is kept for the backward pass.
+
+    Returns:
+        The next state, and loss, gradient norm and, of each example, "loss_AB", the noise level
+        "sigma_AB" of its trained frames and "task_AB" (see ``Draws.task``).
     """
     num_accumulate, batch_size = batch.latents_ABTYXC.shape[:2]
     step_key = jax.random.fold_in(key, state.step)
-    loss = partial(loss_fn, graphdef=graphdef, activation_checkpointing=activation_checkpointing)
-    grad_fn = jax.value_and_grad(loss)
+    grad_fn = jax.value_and_grad(
+        partial(loss_fn, graphdef=graphdef, settings=settings), has_aux=True
+    )
 
     def accumulate(
         grads: Any, micro: tuple[Array, Array, Array | None, Array]
-    ) -> tuple[Any, Array]:
+    ) -> tuple[Any, tuple[Array, Metrics]]:
         latents_BTYXC, text_BSE, mask_BYX, index = micro
         draws = draw_examples(
             step_key,
             index * batch_size + jnp.arange(batch_size),
             sigma_grid=sigma_grid,
             shape_TYXC=latents_BTYXC.shape[1:],
-            i2v_fraction=i2v_fraction,
+            tasks=settings.tasks,
         )
-        loss, new_grads = grad_fn(state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX)
-        return jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads), loss
+        (loss, loss_B), new_grads = grad_fn(
+            state.trainable, frozen, latents_BTYXC, text_BSE, draws, mask_BYX
+        )
+        examples = {"loss_AB": loss_B, "sigma_AB": draws.sigma, "task_AB": draws.task}
+        grads = jax.tree.map(lambda a, b: a + b / num_accumulate, grads, new_grads)
+        return grads, (loss, examples)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
     micros = (*jax.tree.map(jnp.asarray, batch), jnp.arange(num_accumulate))
     if num_accumulate == 1:  # no copy of the gradient
-        grads, loss_A = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
+        grads, of_micro = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
+        loss_A, examples = jax.tree.map(lambda leaf: leaf[None], of_micro)
     else:
-        grads, loss_A = jax.lax.scan(accumulate, zeros, micros)
-    metrics = {"loss": loss_A.mean(), "grad_norm": optax.global_norm(grads)}
+        grads, (loss_A, examples) = jax.lax.scan(accumulate, zeros, micros)
+    norm = optax.global_norm(grads)
     if isinstance(optimizer, BlockwiseOptimizer):
-        trainable, opt_state = optimizer.step(
-            grads, state.opt_state, state.trainable, metrics["grad_norm"]
-        )
+        trainable, opt_state = optimizer.step(grads, state.opt_state, state.trainable, norm)
     else:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss_A.mean(), "grad_norm": norm} | examples
     return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
 def compile_train_step(
     graphdef: nnx.GraphDef,
     optimizer: Optimizer,
+    settings: StepSettings,
     *,
-    i2v_fraction: float,
-    activation_checkpointing: bool | str,
     sharding: Sharding,
     opt_shardings: Any = None,
 ) -> TrainStep:
@@ -267,12 +246,6 @@ def compile_train_step(
     The state is donated; explicit output shardings keep the second step from compiling again.
     ``opt_shardings``, a tree of them, says where the optimizer's state lies if not there.
     """
-    step = partial(
-        train_step,
-        graphdef=graphdef,
-        optimizer=optimizer,
-        i2v_fraction=i2v_fraction,
-        activation_checkpointing=activation_checkpointing,
-    )
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, settings=settings)
     state = TrainState(sharding, sharding, sharding if opt_shardings is None else opt_shardings)
     return jax.jit(step, donate_argnums=0, out_shardings=(state, sharding))
