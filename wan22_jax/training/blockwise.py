@@ -14,22 +14,27 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Sharding
 
 from wan22_jax.training.full import Weights, group_weights
+from wan22_jax.weights import is_stacked
 
 
 class BlockwiseOptimizer(NamedTuple):
-    """An optimizer that is applied to one block at a time; its state is a dictionary by block."""
+    """An optimizer that is applied to one block at a time; its state is a dictionary by block.
 
-    inner: optax.GradientTransformation  # of one block; clips nothing
+    A block's arrays have a leading axis of one layer there, as those of a stack have of all.
+    """
+
+    inner: optax.GradientTransformation  # clips nothing
     max_grad_norm: float  # over all blocks; 0 does not clip
     on_host: bool  # where the state waits
 
     def init(self, weights: Weights) -> dict[str, optax.OptState]:
         """Makes the state of each block, on the device; ``place_state`` moves it."""
-        return {label: self.inner.init(group) for label, group in group_weights(weights).items()}
+        groups = group_weights(weights)
+        return {label: self.inner.init(_stack(group)) for label, group in groups.items()}
 
     def place_state(self, weights: Weights, sharding: Sharding) -> dict[str, optax.OptState]:
         """Makes the state of each block where it stays; at no time are two blocks' on the way."""
-        init = jax.jit(self.inner.init)
+        init = jax.jit(lambda group: self.inner.init(_stack(group)))
         placed = {}
         for label, group in group_weights(weights).items():
             state = init(group)
@@ -108,12 +113,17 @@ class BlockwiseOptimizer(NamedTuple):
 
     def _update(self, grads: Weights, state: Any, weights: Weights, scale: Any) -> tuple:
         grads = {name: grad.astype(jnp.float32) * scale for name, grad in grads.items()}
-        updates, state = self.inner.update(grads, state, weights)
-        return optax.apply_updates(weights, updates), state
+        updates, state = self.inner.update(_stack(grads), state, _stack(weights))
+        updated = optax.apply_updates(_stack(weights), updates)
+        return {name: updated[name].reshape(array.shape) for name, array in weights.items()}, state
 
     def _place(self, leaf: Any, sharding: Sharding) -> Sharding:
         waits = self.on_host and leaf.ndim > 0
         return sharding.with_memory_kind("pinned_host") if waits else sharding
+
+
+def _stack(group: Weights) -> Weights:
+    return {name: array[None] if is_stacked(name) else array for name, array in group.items()}
 
 
 def _take_arrays(state: Any) -> tuple[Any, list[jax.Array]]:
