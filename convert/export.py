@@ -1,6 +1,6 @@
-"""wan22-export: how does a training run become a LoRA file that ComfyUI loads?
+"""wan22-export: how does a training run become a file that ComfyUI loads, or a model folder?
 
-The file is written beside its final name, read back from disk and compared bit by bit, then
+A LoRA is written here, all weights of a full fine-tuning in ``export_full.py``. The file is written beside its final name, read back from disk and compared bit by bit, then
 renamed: what carries the final name is complete and proven.
 """
 
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from convert.export_full import export_full
 from wan22_jax.adapter import Adapter, load_adapter, to_comfyui
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.full_file import is_full
 from wan22_jax.model_folder import read_model_card
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -30,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
     )
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: dtype of the [adapter] table")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file to write, *.safetensors, or folder"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the run's config")
     parser.add_argument("--model", type=Path, help="refuse unless trained on this model folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
@@ -128,6 +132,17 @@ def _bits(tensor: np.ndarray | None) -> tuple[str, tuple[int, ...], bytes] | Non
 
 
 def _run(args: argparse.Namespace) -> None:
+    if is_full(args.checkpoint, args.step):
+        line = export_full(
+            args.checkpoint,
+            args.out,
+            step=args.step,
+            dtype=args.dtype,
+            model=args.model,
+            overwrite=args.overwrite,
+        )
+        sys.stdout.write(f"{line}\n")
+        return
     base_digest = read_model_card(args.model).digests["transformer"] if args.model else None
     adapter = export_adapter(
         args.checkpoint,

@@ -42,14 +42,17 @@ LAYERS = [
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
-    {"wan22_jax.adapter", "wan22_jax.config"},
-    {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"},
+    {"wan22_jax.adapter", "wan22_jax.config", "wan22_jax.full_file"},
+    {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"}
+    | {"wan22_jax.start"},
     {"wan22_jax.examples"},
     {"wan22_jax.evaluation"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},
-    {"convert.weights", "convert.export"},
+    {"convert.weights"},
+    {"convert.export_full"},
+    {"convert.export"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 COMMANDS = {"encode", "train", "sample", "demo"}

@@ -1,4 +1,4 @@
-"""Training state on disk: Orbax checkpoints of the adapter, the optimizer and where the run is.
+"""Training state on disk: Orbax checkpoints of what trains, the optimizer and where the run is.
 
 A run folder holds ``checkpoints/<step>/`` with the items ``trainable`` (path -> array),
 ``opt_state`` (path -> array) and ``meta`` (JSON). The frozen base is never in it; its digest is.
@@ -87,16 +87,8 @@ def restore_state(
             meta=ocp.args.JsonRestore(),
         ),
     )
-    trainable = nnx.from_flat_state(
-        [
-            (path, leaf.replace(restored["trainable"][_join(path)]))
-            for path, leaf in nnx.to_flat_state(like.trainable)
-        ]
-    )
-    opt_state = jax.tree.unflatten(
-        jax.tree.structure(like.opt_state),
-        [restored["opt_state"][name] for name in _flatten_tree(like.opt_state)],
-    )
+    trainable = _rebuild(like.trainable, restored["trainable"])
+    opt_state = _rebuild(like.opt_state, restored["opt_state"])
     count = jax.device_put(np.int32(step), like.step.sharding)
     return TrainState(count, trainable, opt_state), restored["meta"]
 
@@ -111,7 +103,7 @@ def read_meta(run_dir: Path) -> dict[str, Any]:
 def read_trainable(
     path: Path, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the adapter (path -> host array) and the meta of one checkpoint.
+    """Reads what trained (path -> host array) and the meta of one checkpoint.
 
     Args:
         path: a run folder, its ``checkpoints`` folder, or one step's folder.
@@ -120,6 +112,20 @@ def read_trainable(
     Raises:
         BadInput: there is no such checkpoint, or it was written by another version.
     """
+    folder, step, meta = _find_checkpoint(path, step)
+    with _manager(folder) as manager:
+        saved = manager.restore(
+            step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore())
+        )["trainable"]
+    return {name: np.asarray(array) for name, array in saved.items()}, meta
+
+
+def read_saved_meta(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Reads the meta of one checkpoint; arguments and errors as ``read_trainable``."""
+    return _find_checkpoint(path, step)[2]
+
+
+def _find_checkpoint(path: Path, step: int | None) -> tuple[Path, int, dict[str, Any]]:
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
@@ -131,12 +137,9 @@ def read_trainable(
         if step not in steps:
             raise BadInput(f"{folder}: has no checkpoint of step {step}; it has {steps}")
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["version"] != VERSION:
-            raise BadInput(f"{folder}: checkpoint version {meta['version']}, expected {VERSION}")
-        saved = manager.restore(
-            step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore())
-        )["trainable"]
-    return {name: np.asarray(array) for name, array in saved.items()}, meta
+    if meta["version"] != VERSION:
+        raise BadInput(f"{folder}: checkpoint version {meta['version']}, expected {VERSION}")
+    return folder, step, meta
 
 
 def find_run(output_dir: Path, name: str | None) -> Path:
@@ -159,9 +162,21 @@ def find_run(output_dir: Path, name: str | None) -> Path:
     return runs[-1]
 
 
-def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
-    """Maps a state to path -> array."""
+def flatten_state(state: Any) -> dict[str, jax.Array]:
+    """Maps an adapter, or any other tree, to path -> array."""
+    if not isinstance(state, nnx.State):
+        return _flatten_tree(state)
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _rebuild(like: Any, arrays: dict[str, jax.Array]) -> Any:
+    if isinstance(like, nnx.State):
+        return nnx.from_flat_state(
+            [(path, leaf.replace(arrays[_join(path)])) for path, leaf in nnx.to_flat_state(like)]
+        )
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [arrays[name] for name in _flatten_tree(like)]
+    )
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

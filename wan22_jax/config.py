@@ -103,6 +103,19 @@ BatchSize = (
 )
 
 
+class FullConfig(Table):
+    """The ``[full]`` table: how all weights train where there is no ``[adapter]``.
+
+    ``weights`` is what they are kept in between steps; the model computes in ``[model] dtype``.
+    ``rounding`` is that of bfloat16 weights, see ``training/rounding.py``. ``offload_optimizer``
+    keeps the optimizer's state in host memory.
+    """
+
+    weights: Dtype = "float32"
+    rounding: Literal["stochastic", "kahan"] = "stochastic"
+    offload_optimizer: bool = False
+
+
 class TrainConfig(Table):
     """The main file.
 
@@ -122,6 +135,7 @@ class TrainConfig(Table):
     dataset: str
     model: ModelConfig
     adapter: AdapterConfig | None = None
+    full: FullConfig | None = None
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
@@ -355,11 +369,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"{path}: huber_delta, smooth_l1_beta and pseudo_huber_c each choose the loss; "
             "set one of them"
         )
-    if config.adapter is None:
-        raise BadInput(
-            f"{path}: [adapter] is missing; full fine-tuning {_LATER_VERSION}, "
-            "add [adapter] type = 'lora'"
-        )
     if config.lr is not None and config.optimizer.lr not in (None, config.lr):
         raise BadInput(
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
@@ -373,7 +382,49 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
+    _check_full(config, path)
     return config
+
+
+def _check_full(config: TrainConfig, path: Path) -> None:
+    if config.adapter is not None:
+        if config.full is not None:
+            raise BadInput(
+                f"{path}: [full] trains all weights, [adapter] a few; remove one of them"
+            )
+        return
+    full, model = config.full or FullConfig(), config.model
+    policy = config.activation_checkpointing
+    faults = {
+        f"transformer_dtype = {model.transformer_dtype!r}": (
+            model.transformer_dtype is not None,
+            "is that of frozen weights, and all train; choose [full] weights",
+        ),
+        f"blocks_to_swap = {config.blocks_to_swap}": (
+            config.blocks_to_swap > 0,
+            "moves frozen weights, and all train; set [full] offload_optimizer = true",
+        ),
+        f"activation_checkpointing = {policy!r}": (
+            POLICIES[policy].on_host > 0,
+            "keeps activations in host memory, beside frozen weights alone; use true",
+        ),
+        "[full] weights = 'bfloat16'": (
+            full.weights == "bfloat16" and model.dtype != "bfloat16",
+            "needs [model] dtype = 'bfloat16'",
+        ),
+        "[full] rounding": (
+            full.weights == "float32" and "rounding" in full.model_fields_set,
+            "is that of bfloat16 weights; leave it out, or set [full] weights = 'bfloat16'",
+        ),
+        f"[optimizer] type = {config.optimizer.type!r}": (
+            config.optimizer.type.lower().startswith("prodigy"),
+            "measures all weights at once, and they train block by block; use another one, or "
+            "add [adapter] type = 'lora'",
+        ),
+    }
+    for key, (is_fault, reason) in faults.items():
+        if is_fault:
+            raise BadInput(f"{path}: without [adapter] all weights train: {key} {reason}")
 
 
 def _check_eval_sets(config: TrainConfig, path: Path) -> None:

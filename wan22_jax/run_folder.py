@@ -18,11 +18,13 @@ log = logging.getLogger(__name__)
 
 def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
     """Makes what every checkpoint of the run says of it, beside its step."""
-    assert config.adapter is not None  # load_config refuses the rest
-    rank = config.adapter.rank
+    rank = alpha = None  # where all weights train
+    if config.adapter is not None:
+        rank = config.adapter.rank
+        alpha = float(rank if config.adapter.alpha is None else config.adapter.alpha)
     return {
         "rank": rank,
-        "alpha": float(rank if config.adapter.alpha is None else config.adapter.alpha),
+        "alpha": alpha,
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,

@@ -1,4 +1,4 @@
-"""wan22-train: trains a LoRA on cached clips. The story of a run, read downwards.
+"""wan22-train: trains a LoRA, or all weights, on cached clips. The story of a run, read downwards.
 
 Step k trains on ``loader[k]`` with draws made from (seed, k), so a run that stopped goes on from
 its checkpoint as if it had not: the step number is all that has to be known.
@@ -21,7 +21,6 @@ from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
     choose_transformer_dtype,
-    load_transformer,
     read_model_card,
 )
 from wan22_jax.run_folder import describe_run, open_run
@@ -32,16 +31,14 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
+from wan22_jax.start import choose_optimizer, plan_memory, start_training
 from wan22_jax.training.cadence import is_due
-from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
+from wan22_jax.training.memory import explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
     StepSettings,
     compile_train_step,
-    init_state,
-    place_frozen,
-    split_model,
     split_seed,
 )
 
@@ -107,41 +104,33 @@ def train(
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
 
-    plan = MemoryPlan(
-        dtype,
-        num_blocks=card.transformer.num_layers,
-        blocks_to_swap=config.blocks_to_swap,
-        activation_checkpointing=config.activation_checkpointing,
-        micro_batch=config.micro_batch,
-    )
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
-    log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
-    log.info("memory: %s", plan)
     lora_key, draw_key = split_seed(config.seed)
-    optimizer = make_optimizer(
+    inner = make_optimizer(
         config.learning_rate,
         warmup_steps=config.warmup_steps,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         weight_decay=config.optimizer.weight_decay,
         eps=config.optimizer.eps,
-        max_grad_norm=config.gradient_clipping,
+        max_grad_norm=config.gradient_clipping if config.adapter else 0.0,
     )
+    optimizer = choose_optimizer(config, inner)
+    plan = plan_memory(config, card, optimizer, dtype=dtype)
+    what = f"frozen weights: {dtype}" if config.adapter else "all weights train"
+    log.info("%s, from %s of %s", what, model_folder, card.dtype)
+    log.info("memory: %s", plan)
     with explain_exhaustion(plan):
-        # Placing copies each block: from the host, so that no weight is on the device twice.
-        model = load_transformer(model_folder, dtype=dtype, host=True)
-        model.add_lora(lora_key, rank=meta["rank"], alpha=meta["alpha"])
-        graphdef, trainable, frozen = split_model(model)
-        state, draw_key = jax.device_put((init_state(trainable, optimizer), draw_key), sharding)
-        frozen = jax.block_until_ready(
-            place_frozen(
-                frozen,
-                activation_checkpointing=config.activation_checkpointing,
-                blocks_to_swap=config.blocks_to_swap,
-                sharding=sharding,
-            )
+        graphdef, optimizer, state, frozen = start_training(
+            config,
+            model_folder,
+            optimizer,
+            dtype=dtype,
+            lora=meta,
+            key=lora_key,
+            sharding=sharding,
         )
-    del model, trainable  # the state owns these arrays now, and the step donates them
+        draw_key = jax.device_put(draw_key, sharding)
     train_step = compile_train_step(
         graphdef,
         optimizer,
@@ -151,6 +140,7 @@ def train(
             activation_checkpointing=config.activation_checkpointing,
         ),
         sharding=sharding,
+        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
     )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)
 

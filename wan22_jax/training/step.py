@@ -23,8 +23,8 @@ from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
-from wan22_jax.training.full import Weights, merge_full
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
+from wan22_jax.training.full import Weights, merge_full
 
 
 class TrainState(NamedTuple):
