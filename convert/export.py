@@ -1,7 +1,8 @@
 """wan22-export: how does a training run become a file that ComfyUI loads, or a model folder?
 
-A LoRA is written here, all weights of a full fine-tuning in ``export_full.py``. The file is written beside its final name, read back from disk and compared bit by bit, then
-renamed: what carries the final name is complete and proven.
+A LoRA is written here, all weights of a full fine-tuning in ``export_full.py``. The file is
+written beside its final name, read back from disk and compared bit by bit, then renamed: what
+carries the final name is complete and proven.
 """
 
 import argparse

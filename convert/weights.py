@@ -304,7 +304,7 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
 
 
 def digest_network(config: Any, lines: Sequence[str]) -> str:
-    """Hashes a network: its config (a dataclass), and what ``write_network`` says of its tensors."""
+    """Hashes a network: its config, a dataclass, and what ``write_network`` says of it."""
     return _digest([json.dumps(asdict(config), sort_keys=True), *lines])
 
 

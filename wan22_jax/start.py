@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from wan22_jax.config import FullConfig, TrainConfig
 from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
-from wan22_jax.training.full import place_full, split_full
+from wan22_jax.training.full import describe_full, place_full, split_full
 from wan22_jax.training.memory import FullPlan, MemoryPlan
 from wan22_jax.training.rounding import round_to_bfloat16
 from wan22_jax.training.step import (
@@ -28,7 +28,6 @@ from wan22_jax.training.step import (
     place_frozen,
     split_model,
 )
-from wan22_jax.weights import stored_dtype
 
 
 class Training(NamedTuple):
@@ -40,7 +39,9 @@ class Training(NamedTuple):
     frozen: Frozen
 
 
-def plan_memory(config: TrainConfig, card: ModelCard, optimizer: Optimizer, *, dtype: str) -> Any:
+def plan_memory(
+    config: TrainConfig, card: ModelCard, optimizer: Optimizer, *, dtype: str
+) -> MemoryPlan | FullPlan:
     """Says what of the run takes memory, before any of it is there.
 
     Args:
@@ -59,16 +60,7 @@ def plan_memory(config: TrainConfig, card: ModelCard, optimizer: Optimizer, *, d
         )
     full = config.full or FullConfig()
     model = abstract_transformer(card.transformer, float8=False)
-    _, weights, template = split_full(model, dtype=config.model.dtype)
-    masters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, stored_dtype(name, full.weights))
-        for name, leaf in weights.items()
-    }
-    computed = [
-        leaf.size * stored_dtype(name, config.model.dtype).itemsize
-        for name, leaf in masters.items()
-    ]
-    del template
+    masters = describe_full(model, dtype=full.weights)
     return FullPlan(
         weights=full.weights,
         rounding=full.rounding if full.weights == "bfloat16" else None,
@@ -78,7 +70,7 @@ def plan_memory(config: TrainConfig, card: ModelCard, optimizer: Optimizer, *, d
         micro_batch=config.micro_batch,
         num_parameters=sum(leaf.size for leaf in masters.values()),
         weight_bytes=_count_bytes(masters),
-        gradient_bytes=sum(computed),
+        gradient_bytes=_count_bytes(describe_full(model, dtype=config.model.dtype)),
         state_bytes=_count_bytes(jax.eval_shape(optimizer.init, masters)),
     )
 

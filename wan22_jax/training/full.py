@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from wan22_jax.model.block_weights import Arrays
 from wan22_jax.model.transformer import WanTransformer
-from wan22_jax.weights import is_stacked, official_names, stored_dtype
+from wan22_jax.weights import is_stacked, official_names, parameter_shapes, stored_dtype
 
 Weights = dict[str, jax.Array]  # by official name
 _REST = "rest"  # the group of what is in no block
@@ -46,10 +46,20 @@ def split_full(
     for path, leaf in nnx.to_flat_state(state):
         name, array = ".".join(map(str, path)), leaf[...]
         names = official_names(name, array.shape)
-        weights |= {each: array[i] for i, each in enumerate(names)} if is_stacked(name) else {}
-        weights |= {} if is_stacked(name) else {name: array}
+        if is_stacked(name):
+            weights |= {each: array[layer] for layer, each in enumerate(names)}
+        else:
+            weights[name] = array
         template.append((path, leaf.replace(_empty(array[:0], stored_dtype(name, dtype)))))
     return graphdef, weights, nnx.from_flat_state(template)
+
+
+def describe_full(model: WanTransformer, *, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Describes the weights by official name, in a model of this dtype; it may be abstract."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype))
+        for name, shape in parameter_shapes(model).items()
+    }
 
 
 def place_full(weights: dict[str, Any], sharding: Sharding, *, dtype: DTypeLike) -> Weights:

@@ -248,4 +248,12 @@ def compile_train_step(
     """
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, settings=settings)
     state = TrainState(sharding, sharding, sharding if opt_shardings is None else opt_shardings)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state, sharding))
+    waits = any(each.memory_kind == "pinned_host" for each in jax.tree.leaves(opt_shardings))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state, sharding),
+        # XLA counts what waits on the host as if it were on the device. By this limit, in percent
+        # of what is left there, it would compute a thousand values again to save memory.
+        compiler_options={"xla_gpu_memory_limit_slop_factor": 300} if waits else None,
+    )
