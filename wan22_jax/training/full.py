@@ -50,7 +50,8 @@ def split_full(
             weights |= {each: array[layer] for layer, each in enumerate(names)}
         else:
             weights[name] = array
-        template.append((path, leaf.replace(_empty(array[:0], stored_dtype(name, dtype)))))
+        empty = jnp.zeros((0, *array.shape[1:]), stored_dtype(name, dtype))
+        template.append((path, leaf.replace(empty)))
     return graphdef, weights, nnx.from_flat_state(template)
 
 
@@ -118,10 +119,6 @@ def group_of(name: str) -> str:
 def count_parameters(weights: dict[str, Any]) -> int:
     """Returns how many numbers train."""
     return sum(array.size for array in weights.values())
-
-
-def _empty(array: Any, dtype: jnp.dtype) -> Any:
-    return array.astype(dtype) if isinstance(array, np.ndarray) else jnp.asarray(array, dtype)
 
 
 def _own(array: Any) -> Any:

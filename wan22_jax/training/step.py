@@ -22,6 +22,7 @@ from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.sharding import DISABLED_PASSES
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
 from wan22_jax.training.full import Weights, merge_full
@@ -253,7 +254,9 @@ def compile_train_step(
         step,
         donate_argnums=0,
         out_shardings=(state, sharding),
-        # XLA counts what waits on the host as if it were on the device. By this limit, in percent
-        # of what is left there, it would compute a thousand values again to save memory.
-        compiler_options={"xla_gpu_memory_limit_slop_factor": 300} if waits else None,
+        # XLA counts what waits on the host as if it were on the device, and would compute a thousand
+        # values again to save memory that is there.
+        compiler_options={"xla_disable_hlo_passes": DISABLED_PASSES + ",rematerialization"}
+        if waits
+        else None,
     )
