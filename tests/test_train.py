@@ -36,7 +36,7 @@ from wan22_jax.geometry import LATENT_CHANNELS, Bucket
 from wan22_jax.model.flow import flux_shift, sigma_grid
 from wan22_jax.model_folder import read_model_card
 from wan22_jax.training import metrics
-from wan22_jax.training.cadence import is_due
+from wan22_jax.training.cadence import eval_is_due, is_due
 
 BUCKET = Bucket(32, 32, 5)
 CLIPS = 3  # a step each
@@ -476,6 +476,76 @@ def test_curves_are_on_disk_while_the_run_goes(tmp_path, monkeypatch):
         assert read_scalars(tmp_path)["train/loss"] == {1: 2}
 
 
+EVALUATE = ("eval_datasets=['eval.toml', {name='held_out', config='eval.toml'}]",)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_with_evaluation_equals_one_without_bit_for_bit(capsys):
+    Path("eval.toml").write_text(DATASET)
+    assert run("output_dir=plain") == 0
+    assert run("output_dir=evaluated", *EVALUATE, "eval_every_n_steps=2", "eval_i2v=true") == 0
+    assert "evaluation set held_out: 3 examples" in capsys.readouterr().out
+    plain, _ = read_trainable(only_run("plain"))
+    evaluated, _ = read_trainable(only_run("evaluated"))
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], evaluated[name])
+    before, scalars = (read_scalars(only_run(name)) for name in ("plain", "evaluated"))
+    assert scalars["train/loss"] == before["train/loss"]
+    curves = ["loss", "loss_i2v", *(f"loss_quantile_0.{k}0" for k in range(1, 10))]
+    for curve in curves:
+        assert sorted(scalars[f"held_out/{curve}"]) == [0, 2, 4, 6]
+        assert scalars[f"held_out/{curve}"] == scalars[f"eval0/{curve}"]
+        assert len(set(scalars[f"held_out/{curve}"].values())) == 4
+    assert len(scalars["eval/eval_time_sec"]) == 4
+    assert not any(name.startswith(("eval", "held_out")) for name in before)
+
+
+@pytest.mark.usefixtures("here")
+def test_evaluations_come_when_the_config_says():
+    def evaluated(*settings: str) -> list[int]:
+        config = load_config(
+            Path("lora.toml"), ["gradient_accumulation_steps=2", *EVALUATE, *settings]
+        )
+        return [k for k in range(1, 13) if eval_is_due(config, k, (k + 2) // 3, k % 3 == 0)]
+
+    assert evaluated() == []
+    assert evaluated("eval_every_n_steps=5") == [5, 10]
+    assert evaluated("eval_every_n_epochs=2") == [6, 12]
+    assert evaluated("eval_every_n_examples=9") == [4, 8, 12]
+    assert evaluated("eval_every_n_examples=1") == list(range(1, 13))
+    assert evaluated("eval_every_n_steps=5", "eval_every_n_epochs=3") == [5, 9, 10]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_resumed_run_is_not_evaluated_before_its_first_step():
+    Path("eval.toml").write_text(DATASET)
+    settings = (*EVALUATE, "eval_every_n_epochs=1")
+    assert run("max_steps=1", *settings) == 0
+    assert sorted(read_scalars(only_run())["eval0/loss"]) == [0]
+    assert run("--resume_from_checkpoint", *settings, "max_steps=3") == 0
+    assert sorted(read_scalars(only_run())["eval0/loss"]) == [0, 3]
+    assert run("output_dir=none", *settings, "max_steps=1", "eval_before_first_step=false") == 0
+    assert "eval0/loss" not in read_scalars(only_run("none"))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("subsample_ratio = 0.5", "subsample_ratio: an evaluation takes every clip"),
+        ("uncond_fraction = 0.1", "uncond_fraction: an evaluation takes every clip"),
+        ("caption_prefix = 'a'", "clips is also a folder of dataset.toml, with other buckets"),
+    ],
+)
+def test_an_evaluation_set_that_does_not_fit_is_refused(key, message, capsys):
+    Path("eval.toml").write_text(f"{key}\n{DATASET}")
+    assert run(*EVALUATE) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "eval.toml: " in error
+    assert message in error
+    assert not Path("runs").exists()
+
+
 @pytest.mark.usefixtures("here")
 def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
     assert run("max_steps=1") == 0
@@ -490,8 +560,8 @@ def test_the_gpu_is_set_up_before_a_checkpoint_is_read(monkeypatch):
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
     """Reads an event file: records of length, checksum, content and checksum."""
-    (path,) = run_dir.glob("events.out.tfevents.*")
-    data, scalars = path.read_bytes(), {}
+    paths = sorted(run_dir.glob("events.out.tfevents.*"))
+    data, scalars = b"".join(path.read_bytes() for path in paths), {}
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         event = Event.FromString(data[12 : 12 + length])

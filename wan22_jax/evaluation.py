@@ -14,7 +14,8 @@ from wan22_jax.errors import BadInput
 from wan22_jax.examples import make_grid
 from wan22_jax.model_folder import ModelCard
 from wan22_jax.training.evaluate import Evaluator
-from wan22_jax.training.step import Frozen
+from wan22_jax.training.metrics import Progress
+from wan22_jax.training.step import Frozen, TrainState
 
 
 def open_eval_sets(config: TrainConfig, card: ModelCard) -> dict[str, EvalSet]:
@@ -64,6 +65,16 @@ def make_evaluator(
         gathers_blocks=config.disable_block_swap_for_eval,
         sharding=sharding,
     )
+
+
+def evaluate(evaluator: Evaluator, state: TrainState, progress: Progress, step: int) -> float:
+    """Evaluates the state that ``step`` steps made; logs it; returns ``Evaluator.score`` of it."""
+    progress.flush()
+    values = evaluator(state.trainable)
+    progress.add_scalars(values, step)
+    score = evaluator.score(values)
+    progress.say(f"step {step}: evaluation loss {score:.4f}")
+    return score
 
 
 def _check_whole(file: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
 from wan22_jax.config import load_config
 from wan22_jax.errors import run_command
+from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
 from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
@@ -32,7 +33,7 @@ from wan22_jax.sharding import (
     replicated,
 )
 from wan22_jax.start import choose_optimizer, plan_memory, start_training
-from wan22_jax.training.cadence import is_due
+from wan22_jax.training.cadence import eval_is_due, is_due
 from wan22_jax.training.memory import explain_exhaustion
 from wan22_jax.training.metrics import Progress, StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
@@ -100,6 +101,9 @@ def train(
     for line in loader.report:
         log.info("%s", line)
     log.info("%d steps an epoch", loader.steps_per_epoch)
+    eval_sets = open_eval_sets(config, card)
+    for name, examples in eval_sets.items():
+        log.info("evaluation set %s: %d examples", name, len(examples))
     total_steps = min(config.epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
     meta = describe_run(config, card, loader)
     run_dir = open_run(config, config_file, resume=resume, meta=meta)
@@ -142,6 +146,9 @@ def train(
         sharding=sharding,
         opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
     )
+    evaluator = make_evaluator(
+        config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding
+    )
     schedule = warmup_constant(config.learning_rate, config.warmup_steps)
 
     with open_checkpoints(run_dir) as checkpoints:
@@ -160,6 +167,8 @@ def train(
         saved_at, saved_step = time.monotonic(), first_step
         grids: dict[Bucket, jax.Array] = {}
         with progress:
+            if evaluator and config.eval_before_first_step and not resume:
+                evaluate(evaluator, state, progress, first_step)
             for step, item in zip(
                 range(first_step, total_steps), loader.iterate(first_step), strict=False
             ):
@@ -177,6 +186,8 @@ def train(
                         StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
                         new_program=is_new,
                     )
+                if evaluator and eval_is_due(config, done, epoch, ends_epoch):
+                    evaluate(evaluator, state, progress, done)
                 minutes = (time.monotonic() - saved_at) / 60
                 if done == total_steps or is_due(config, done, epoch, ends_epoch, minutes):
                     progress.flush()

@@ -90,6 +90,11 @@ class Progress:
         """Prints a line above the progress line."""
         self._bar.write(line)
 
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Writes what was measured beside the steps, such as an evaluation."""
+        for name, value in values.items():
+            self._add_scalar(name, value, step)
+
     def _finish(self, report: StepReport, seconds: float | None) -> None:
         values = {name: float(value) for name, value in report.metrics.items() if value.ndim == 0}
         if not math.isfinite(values["loss"]):

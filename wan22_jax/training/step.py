@@ -27,12 +27,14 @@ from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
 from wan22_jax.training.full import Weights, merge_full
 
+Trainable = nnx.State | Weights  # an adapter, or all weights of the model
+
 
 class TrainState(NamedTuple):
     """What changes from step to step; the frozen weights are not part of it."""
 
     step: jax.Array  # int32, steps done
-    trainable: nnx.State | Weights  # an adapter, or all weights of the model
+    trainable: Trainable
     opt_state: optax.OptState
 
 
@@ -124,13 +126,13 @@ def split_seed(seed: int) -> tuple[Array, Array]:
     return lora_key, draw_key
 
 
-def init_state(trainable: nnx.State | Weights, optimizer: Optimizer) -> TrainState:
+def init_state(trainable: Trainable, optimizer: Optimizer) -> TrainState:
     """Makes the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
 def loss_fn(
-    trainable: nnx.State | Weights,
+    trainable: Trainable,
     frozen: Frozen,
     latents_BTYXC: Float[Array, "B T Y X C"],
     text_BSE: Float[Array, "B S E"],
