@@ -27,7 +27,7 @@ class BlockwiseOptimizer(NamedTuple):
     max_grad_norm: float  # over all blocks; 0 does not clip
     on_host: bool  # where the state waits
 
-    def init(self, weights: Weights) -> dict[str, optax.OptState]:
+    def init(self, weights: Any) -> dict[str, optax.OptState]:
         """Makes the state of each block, on the device; ``place_state`` moves it."""
         groups = group_weights(weights)
         return {label: self.inner.init(_stack(group)) for label, group in groups.items()}
@@ -51,9 +51,7 @@ class BlockwiseOptimizer(NamedTuple):
             jax.eval_shape(self.init, weights),
         )
 
-    def step(
-        self, grads: Weights, state: dict[str, optax.OptState], weights: Weights, norm: jax.Array
-    ) -> tuple[Weights, dict[str, optax.OptState]]:
+    def step(self, grads: Any, state: Any, weights: Any, norm: jax.Array) -> tuple[Any, Any]:
         """Returns the new weights and state.
 
         Args:
@@ -115,6 +113,7 @@ class BlockwiseOptimizer(NamedTuple):
         grads = {name: grad.astype(jnp.float32) * scale for name, grad in grads.items()}
         updates, state = self.inner.update(_stack(grads), state, _stack(weights))
         updated = optax.apply_updates(_stack(weights), updates)
+        assert isinstance(updated, dict)
         return {name: updated[name].reshape(array.shape) for name, array in weights.items()}, state
 
     def _place(self, leaf: Any, sharding: Sharding) -> Sharding:

@@ -231,7 +231,7 @@ def train_step(
         trainable, opt_state = optimizer.step(grads, state.opt_state, state.trainable, norm)
     else:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(Trainable, optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss_A.mean(), "grad_norm": norm} | examples
     return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -250,14 +250,15 @@ def compile_train_step(
     ``opt_shardings``, a tree of them, says where the optimizer's state lies if not there.
     """
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, settings=settings)
-    state = TrainState(sharding, sharding, sharding if opt_shardings is None else opt_shardings)
+    opt_shardings = sharding if opt_shardings is None else opt_shardings
+    state: Any = TrainState(*cast(Any, (sharding, sharding, opt_shardings)))
     waits = any(each.memory_kind == "pinned_host" for each in jax.tree.leaves(opt_shardings))
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(state, sharding),
-        # XLA counts what waits on the host as if it were on the device, and would compute a thousand
-        # values again to save memory that is there.
+        # XLA counts what waits on the host as if it were on the device, and would compute a
+        # thousand values again to save memory that is there.
         compiler_options={"xla_disable_hlo_passes": DISABLED_PASSES + ",rematerialization"}
         if waits
         else None,
