@@ -43,8 +43,8 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
-from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.full import place_full, split_full
+from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.step import Frozen, Optimizer, TrainState, init_state, split_model
 
 NUM_TRACED = 2  # steps in a profile

@@ -10,13 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
-# It copies bfloat16 matrices that have no multiple of 8 rows, as clips of 8,190 tokens do.
-DISABLED_PASSES = "cublas-pad-for-gemms"
 # XLA ends a process whose flags it does not know: these it knows from jaxlib 0.10.2 to 0.12.0.1.
 _XLA_FLAGS = {
     "xla_gpu_enable_triton_gemm": "false",
     "xla_gpu_dot_merger_threshold_mb": "0",
-    "xla_disable_hlo_passes": DISABLED_PASSES,
+    # It copies bfloat16 matrices that have no multiple of 8 rows, as clips of 8,190 tokens do.
+    "xla_disable_hlo_passes": "cublas-pad-for-gemms",
     # Copies under way at a time: more than two blocks have.
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }

@@ -102,6 +102,17 @@ def merge_full(
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), rows
 
 
+def narrow_gradients(grads: Any, template: nnx.State) -> Weights:
+    """Holds gradients in the dtype that they were rounded to, which takes half the memory.
+
+    XLA would keep the float32 copy that the gradient of a cast makes.
+    """
+    kept_as = {".".join(map(str, path)): leaf.dtype for path, leaf in nnx.to_flat_state(template)}
+    dtype = kept_as["patch_embedding.weight"]
+    narrow = {name: grad.astype(stored_dtype(name, dtype)) for name, grad in grads.items()}
+    return jax.lax.optimization_barrier(narrow)
+
+
 def group_weights(weights: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sorts weights, or anything by their names, into one group a block and one for the rest."""
     groups: dict[str, dict[str, Any]] = {}

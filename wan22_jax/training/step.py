@@ -22,10 +22,9 @@ from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import WanTransformer
-from wan22_jax.sharding import DISABLED_PASSES
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_examples
-from wan22_jax.training.full import Weights, merge_full
+from wan22_jax.training.full import Weights, merge_full, narrow_gradients
 
 Trainable = nnx.State | Weights  # an adapter, or all weights of the model
 
@@ -224,6 +223,8 @@ def train_step(
     if num_accumulate == 1:  # no copy of the gradient
         grads, of_micro = accumulate(zeros, jax.tree.map(lambda micro: micro[0], micros))
         loss_A, examples = jax.tree.map(lambda leaf: leaf[None], of_micro)
+        if isinstance(optimizer, BlockwiseOptimizer):
+            grads = narrow_gradients(grads, frozen.rest)
     else:
         grads, (loss_A, examples) = jax.lax.scan(accumulate, zeros, micros)
     norm = optax.global_norm(grads)
@@ -252,14 +253,4 @@ def compile_train_step(
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, settings=settings)
     opt_shardings = sharding if opt_shardings is None else opt_shardings
     state: Any = TrainState(*cast(Any, (sharding, sharding, opt_shardings)))
-    waits = any(each.memory_kind == "pinned_host" for each in jax.tree.leaves(opt_shardings))
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(state, sharding),
-        # XLA counts what waits on the host as if it were on the device, and would compute a
-        # thousand values again to save memory that is there.
-        compiler_options={"xla_disable_hlo_passes": DISABLED_PASSES + ",rematerialization"}
-        if waits
-        else None,
-    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(state, sharding))
