@@ -2,7 +2,8 @@
 
 One configuration a process: random weights of the 5B shapes, rank 32 on all ten linears of each
 block, or all weights (--full), AdamW and clipping; steps as wan22-train runs them, but for reading
-clips. Prints one line of JSON after the word RESULT. Needs the package installed or the repository's root on PYTHONPATH.
+clips. Prints one line of JSON after the word RESULT. Needs the package installed or the
+repository's root on PYTHONPATH.
 
     python benchmarks/train_step.py --bucket 1280x704x121 --dtype float8 \
         --activation_checkpointing unsloth --blocks_to_swap 30 --memory_gb 10
