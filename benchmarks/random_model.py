@@ -204,18 +204,6 @@ def read_policy(text: str) -> bool | str:
     return {"false": False, "true": True}.get(text, text)
 
 
-def count_flops(config: TransformerConfig, num_tokens: int, *, full: bool = False) -> float:
-    """Operations of one clip's train step that the result needs; recompute is not counted.
-
-    Linears of the blocks forward and to their input, and to their weights if those train (text k
-    and v and adapters are left out), attention forward and 2.5 times that backward.
-    """
-    D, F, S = config.dim, config.ffn_dim, config.text_len
-    linears = 2 * num_tokens * (6 * D * D + 2 * D * F)
-    attention = 4 * num_tokens * (num_tokens + S) * D
-    return ((3 if full else 2) * linears + 3.5 * attention) * config.num_layers
-
-
 def limit_memory(memory_gb: float | None) -> None:
     """Limits JAX's allocator; before its first array, and before ``claim_gpu`` sets a default."""
     if memory_gb is None:

@@ -31,7 +31,6 @@ from random_model import (
     add_lora,
     add_step_arguments,
     build_step,
-    count_flops,
     limit_memory,
     make_full_optimizer,
     make_model,
@@ -44,6 +43,7 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.training.flops import count_flops
 from wan22_jax.training.full import place_full, split_full
 from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.step import Frozen, Optimizer, TrainState, init_state, split_model
@@ -136,7 +136,9 @@ def main() -> None:
     stats = device.memory_stats() or {}
     step_s = statistics.median(seconds)
     flops = (
-        count_flops(config, bucket.num_tokens, full=bool(args.full)) * args.batch * args.accumulate
+        count_flops(config, bucket.num_tokens, trains_weights=bool(args.full))
+        * args.batch
+        * args.accumulate
     )
     result = {
         "program": "wan22_jax",

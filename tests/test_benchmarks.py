@@ -15,6 +15,7 @@ import pytest
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TI2V_5B
+from wan22_jax.training.flops import count_flops
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # they import each other as scripts do
@@ -62,7 +63,9 @@ def test_flops_at_full_size():
     linears = 2 * 27_280 * (6 * 3072**2 + 2 * 3072 * 14336)
     attention = 4 * 27_280**2 * 3072 + 4 * 27_280 * 512 * 3072
     expected = 30 * (2 * linears + 3.5 * attention)
-    assert random_model.count_flops(TI2V_5B, 27_280) == expected
+    assert count_flops(TI2V_5B, 27_280) == expected
+    trained = count_flops(TI2V_5B, 27_280, trains_weights=True)
+    assert trained == expected + 30 * linears
     assert Bucket(1280, 704, 121).num_tokens == 27_280
 
 

@@ -1,13 +1,17 @@
 """What does the schema take, and what does it refuse?"""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from wan22_jax.config import dump_config, load_config, load_dataset
+from wan22_jax.data.batching import make_batching
 from wan22_jax.errors import BadInput
+from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.training.draws import TaskMix
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG, DATASET = CONFIGS / "wan2.2_5b_lora.toml", CONFIGS / "dataset_video.toml"
@@ -76,6 +80,18 @@ def test_an_override_wins_over_the_file():
         ("adapter.type='lokr'", "LoKr is not supported by this version yet"),
         ("model.transformer_dtype='float8_e5m2'", "e5m2 keeps two bits of a weight's mantissa"),
         ("model=3", "key model: "),
+        ("huber_delta=0.0", "key huber_delta: Input should be greater than 0"),
+        ("i2v_first_frames=0", "key i2v_first_frames"),
+        ("i2v_first_frames=[]", "key i2v_first_frames"),
+        ("i2v_last_frame_fraction=1.5", "key i2v_last_frame_fraction: "),
+        ("micro_batch_size_per_gpu=0", "key micro_batch_size_per_gpu"),
+        ("micro_batch_size_per_gpu=[[512]]", "key micro_batch_size_per_gpu"),
+        ("micro_batch_size_per_gpu=[[512, 0]]", "key micro_batch_size_per_gpu"),
+        ("eval_datasets=['a.toml', {name='eval0', config='b'}]", "two have one name; give each"),
+        ("eval_datasets=[{name='train', config='b'}]", "the name 'train' is taken; choose one"),
+        ("eval_datasets=[{name='a_ema', config='b'}]", "the name 'a_ema' is taken"),
+        ("eval_datasets=[{config='b'}]", "eval_datasets.0"),
+        ("image_eval_micro_batch_size_per_gpu=1", "did you mean eval_image_micro_batch_size_per_"),
         ("novalue", "expected key.path=value"),
     ],
 )
@@ -84,6 +100,53 @@ def test_what_is_refused_is_named(override, message):
         load_config(CONFIG, [override])
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    itertools.combinations(["huber_delta=1", "smooth_l1_beta=0.5", "pseudo_huber_c=1"], 2),
+)
+def test_one_loss_is_chosen(first, second):
+    with pytest.raises(BadInput, match="each choose the loss; set one of them"):
+        load_config(CONFIG, [first, second])
+
+
+def test_the_config_says_which_loss_tasks_and_batches(tmp_path):
+    plain = load_config(CONFIG)
+    assert plain.penalty == SQUARED
+    assert plain.tasks == TaskMix(0.2)
+    assert plain.batching == plain.eval_batching == make_batching(1, 1)
+    assert plain.eval_sets == {}
+    for key, kind in (
+        ("huber_delta", "huber"),
+        ("smooth_l1_beta", "smooth_l1"),
+        ("pseudo_huber_c", "pseudo_huber"),
+    ):
+        assert load_config(CONFIG, [f"{key}=0.25"]).penalty == Penalty(kind, 0.25)
+    config = load_config(
+        CONFIG,
+        [
+            "i2v_first_frames=[1, 2]",
+            "i2v_last_frame_fraction=0.25",
+            "micro_batch_size_per_gpu=[[512, 4], [1024, 1]]",
+            "gradient_accumulation_steps=2",
+            "image_micro_batch_size_per_gpu=8",
+            "eval_image_micro_batch_size_per_gpu=[[512, 3]]",
+            "eval_gradient_accumulation_steps=5",
+            "eval_datasets=['a.toml', {name='held_out', config='b.toml'}]",
+        ],
+    )
+    assert config.tasks == TaskMix(0.2, (1, 2), 0.25)
+    sizes = [[512, 4], [1024, 1]]
+    assert config.batching == make_batching(sizes, 8, accumulation=2)
+    assert config.eval_batching == make_batching(sizes, [[512, 3]], accumulation=5)
+    assert config.micro_batch == 4
+    assert config.eval_sets == {"eval0": Path("a.toml"), "held_out": Path("b.toml")}
+    (tmp_path / "again.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.toml") == config
+    follows = load_config(CONFIG, ["eval_micro_batch_size_per_gpu=2"])
+    assert follows.eval_batching == make_batching(2, 2)
+    assert load_config(CONFIG, ["i2v_first_frames=3"]).tasks.first_frames == (3,)
 
 
 @pytest.mark.parametrize(

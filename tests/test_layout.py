@@ -12,7 +12,8 @@ FILES = sorted([*(ROOT / "wan22_jax").rglob("*.py"), *(ROOT / "convert").rglob("
 # Lower may not import higher. A file that is not named here belongs to its folder's layer.
 LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
-    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
+    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"}
+    | {"wan22_jax.toml_file"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
@@ -33,8 +34,10 @@ LAYERS = [
         "wan22_jax.training.optimizer",
     }
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
+    | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"}
     | {"wan22_jax.training.full", "wan22_jax.training.rounding"},
-    {"wan22_jax.data.cache", "wan22_jax.training.blockwise"},
+    {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
+    {"wan22_jax.data.cache", "wan22_jax.training.blockwise", "wan22_jax.full_config"},
     {"wan22_jax.training.draws"},
     {"wan22_jax.training.step", "wan22_jax.training.metrics", "wan22_jax.data.survey"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
@@ -45,8 +48,9 @@ LAYERS = [
     {"wan22_jax.adapter", "wan22_jax.config", "wan22_jax.full_file"},
     {"wan22_jax.dataset", "wan22_jax.run_folder", "wan22_jax.training.cadence"}
     | {"wan22_jax.start"},
-    {"wan22_jax.examples"},
-    {"wan22_jax.evaluation"},
+    {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
+    {"wan22_jax.evaluation", "wan22_jax.report"},
+    {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},

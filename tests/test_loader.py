@@ -124,6 +124,63 @@ def test_epochs_and_seeds_differ(cache):
     assert len(orders) > 1  # buckets alternate in another order each epoch
 
 
+def test_the_order_is_that_of_earlier_versions(cache):
+    """Recorded before buckets had batch sizes of their own."""
+    assert names(load(cache), (0, 1, 2, 4, 5, 11)) == [
+        ("13", "22", "14", "17"),
+        ("15", "10", "19", "11"),
+        ("4", "6", "5", "3"),
+        ("7", "0", "2", "1"),
+        ("0", "7", "8", "6"),
+        ("19", "11", "18", "17"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "expected"),
+    [
+        (2, 3, [3, 2, 2]),
+        ([[40, 5], [30, 2]], 1, [1, 5, 5]),  # sides of 45 and 91 pixels
+        ([[40, 5], [80, 2]], [[64, 4], [16, 7]], [7, 5, 2]),
+        ([[16, 3], [48, 4], [48, 5]], [[16, 6], [48, 8]], [6, 4, 4]),  # as near: the first
+    ],
+)
+def test_a_bucket_takes_the_batch_size_of_the_nearest_resolution(size, image_size, expected):
+    batching = make_batching(size, image_size, accumulation=3)
+    buckets = [SMALL, LARGE, Bucket(128, 64, 9)]
+    assert [batching.micro_batch(bucket) for bucket in buckets] == expected
+    assert [batching.per_step(bucket) for bucket in buckets] == [3 * size for size in expected]
+
+
+def test_buckets_batch_by_their_own_sizes(cache):
+    loader = make_loader([(cache, 1)], seed=3, batching=make_batching(3, 2, accumulation=2))
+    assert loader.steps_per_epoch == 9 // 4 + 14 // 6
+    seen = {SMALL: 0, LARGE: 0}
+    for epoch in range(2):
+        taken = []
+        for step in range(4 * epoch, 4 * epoch + 4):
+            batch, bucket, clips = loader[step]
+            size = 3 if bucket == LARGE else 2
+            assert batch.latents_ABTYXC.shape == (2, size, *bucket.latent_TYX, 48)
+            assert batch.text_ABSE.shape[:2] == (2, size)
+            numbers = batch.latents_ABTYXC[..., 0, 0, 0, 0].ravel()
+            assert [str(int(number)) for number in numbers] == list(clips)
+            taken += clips
+            seen[bucket] += 1
+        assert len(taken) == len(set(taken)) == 2 * 4 + 2 * 6
+    assert seen == {SMALL: 4, LARGE: 4}
+    assert loader.report == (
+        "32x32x1: 9 clips, 2 steps an epoch, 1 left out of each epoch",
+        "64x32x5: 14 clips, 2 steps an epoch, 2 left out of each epoch",
+    )
+    steps = make_loader([(cache, 1)], seed=3, batching=make_batching(3, 2, accumulation=2))
+    assert [step.clips for step in itertools.islice(steps.iterate(2), 5)] == names(
+        loader, range(2, 7)
+    )
+    with pytest.raises(BadInput, match=r"takes 8 or 30 clips .*32x32x1: 4 clips, 0 steps"):
+        make_loader([(cache, 0.5)], seed=3, batching=make_batching(15, 4, accumulation=2))
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 2, 16])
 def test_iteration_resumes_at_any_step(cache, ahead):
     expected = names(load(cache), range(30))

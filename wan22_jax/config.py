@@ -6,8 +6,6 @@ that says so, unless it asks for what happens anyway.
 """
 
 import difflib
-import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
+from wan22_jax.full_config import FullConfig, find_fault
 from wan22_jax.model.flow import SQUARED, Penalty
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.toml_file import apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
 
 Number = int | float
@@ -87,6 +87,18 @@ class OptimizerConfig(Table):
     eps: float = Field(default=1e-8, gt=0)
 
 
+class MonitoringConfig(Table):
+    """The ``[monitoring]`` table: Weights & Biases, beside TensorBoard.
+
+    The key is never written: neither into the run's copy of the config nor into a checkpoint.
+    """
+
+    enable_wandb: bool = False
+    wandb_api_key: str | None = Field(default=None, exclude=True, repr=False)
+    wandb_tracker_name: str | None = None
+    wandb_run_name: str | None = None
+
+
 class EvalDataset(Table):
     """One of ``eval_datasets``: the name of its curves and its dataset file."""
 
@@ -101,19 +113,6 @@ BatchSize = (
         list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]], Field(min_length=1)
     ]
 )
-
-
-class FullConfig(Table):
-    """The ``[full]`` table: how all weights train where there is no ``[adapter]``.
-
-    ``weights`` is what they are kept in between steps; the model computes in ``[model] dtype``.
-    ``rounding`` is that of bfloat16 weights, see ``training/rounding.py``. ``offload_optimizer``
-    keeps the optimizer's state in host memory.
-    """
-
-    weights: Dtype = "float32"
-    rounding: Literal["stochastic", "kahan"] = "stochastic"
-    offload_optimizer: bool = False
 
 
 class TrainConfig(Table):
@@ -171,23 +170,24 @@ class TrainConfig(Table):
     checkpoint_every_n_minutes: float | None = Field(None, gt=0)
     resume_from_checkpoint: bool | str = False
     logging_steps: int = Field(1, ge=1)
+    steps_per_print: int | None = Field(None, ge=1)
+    x_axis_examples: bool = False
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     uncond_fraction: float = Field(0.0, ge=0, le=1)
     video_clip_mode: ClipMode = "single_beginning"
+    # Keys of diffusion-pipe that change nothing here (see _IGNORED).
+    caching_batch_size: int | None = Field(None, ge=1)
+    map_num_proc: int | None = Field(None, ge=1)
+    compile: bool | None = None
+    partition_method: str | None = None
+    partition_split: list[int] | None = None
+    reentrant_activation_checkpointing: bool | None = None
     # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
     save_every_n_examples: Any = None
     save_dtype: Any = None
     lr_scheduler: Any = None
     force_constant_lr: Any = None
-    x_axis_examples: Any = None
-    steps_per_print: Any = None
-    monitoring: Any = None
-    caching_batch_size: Any = None
-    map_num_proc: Any = None
-    compile: Any = None
     pipeline_stages: Any = None
-    partition_method: Any = None
-    partition_split: Any = None
-    reentrant_activation_checkpointing: Any = None
 
     @property
     def learning_rate(self) -> float:
@@ -331,19 +331,20 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "save_dtype": ((None,), "wan22-export --dtype sets the dtype of the saved file"),
     "lr_scheduler": ((None, "constant"), f"this schedule {_LATER_VERSION}; use 'constant'"),
     "force_constant_lr": ((None,), "the schedule is constant; set lr"),
-    "x_axis_examples": ((None, False), f"an x axis in examples {_LATER_VERSION}"),
-    "steps_per_print": ((None, 1), "the progress line is always on; leave it out"),
-    "monitoring": ((None, {}, {"enable_wandb": False}), f"Weights & Biases {_LATER_VERSION}"),
-    "caching_batch_size": ((None, 1), f"caching in batches {_LATER_VERSION}; use 1"),
-    "map_num_proc": ((None,), "wan22-cache chooses its own parallelism; leave it out"),
-    "compile": ((None, True), "the train step is always compiled; leave it out"),
     "pipeline_stages": ((None, 1), _DEEPSPEED),
-    "partition_method": ((None, "parameters"), _DEEPSPEED),
-    "partition_split": ((None,), _DEEPSPEED),
-    "reentrant_activation_checkpointing": ((None, False), "belongs to torch; leave it out"),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
+}
+
+# key -> why leaving it out trains the same; such a key is accepted with whatever value
+_IGNORED = {
+    "caching_batch_size": "wan22-cache chooses its batches by the memory that there is",
+    "map_num_proc": "wan22-cache chooses its own parallelism",
+    "compile": "the train step is always compiled",
+    "partition_method": "it splits layers among pipeline stages, of which there is one",
+    "partition_split": "it splits layers among pipeline stages, of which there is one",
+    "reentrant_activation_checkpointing": "it chooses between two ways of torch to recompute",
 }
 
 TableT = TypeVar("TableT", bound=Table)
@@ -359,9 +360,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         BadInput: not TOML, an unknown, missing, wrong or unsupported key; it names file and key.
     """
-    tree = _read_toml(path)
+    tree = read_toml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     config = _validate(TrainConfig, tree, path)
     _check_eval_sets(config, path)
     if len(config.penalties) > 1:
@@ -382,49 +383,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
-    _check_full(config, path)
+    fault = find_fault(
+        config.full,
+        has_adapter=config.adapter is not None,
+        model_dtype=config.model.dtype,
+        transformer_dtype=config.model.transformer_dtype,
+        blocks_to_swap=config.blocks_to_swap,
+        activation_checkpointing=config.activation_checkpointing,
+        optimizer=config.optimizer.type,
+    )
+    if fault is not None:
+        raise BadInput(f"{path}: {fault}")
     return config
 
 
-def _check_full(config: TrainConfig, path: Path) -> None:
-    if config.adapter is not None:
-        if config.full is not None:
-            raise BadInput(
-                f"{path}: [full] trains all weights, [adapter] a few; remove one of them"
-            )
-        return
-    full, model = config.full or FullConfig(), config.model
-    policy = config.activation_checkpointing
-    faults = {
-        f"transformer_dtype = {model.transformer_dtype!r}": (
-            model.transformer_dtype is not None,
-            "is that of frozen weights, and all train; choose [full] weights",
-        ),
-        f"blocks_to_swap = {config.blocks_to_swap}": (
-            config.blocks_to_swap > 0,
-            "moves frozen weights, and all train; set [full] offload_optimizer = true",
-        ),
-        f"activation_checkpointing = {policy!r}": (
-            POLICIES[policy].on_host > 0,
-            "keeps activations in host memory, beside frozen weights alone; use true",
-        ),
-        "[full] weights = 'bfloat16'": (
-            full.weights == "bfloat16" and model.dtype != "bfloat16",
-            "needs [model] dtype = 'bfloat16'",
-        ),
-        "[full] rounding": (
-            full.weights == "float32" and "rounding" in full.model_fields_set,
-            "is that of bfloat16 weights; leave it out, or set [full] weights = 'bfloat16'",
-        ),
-        f"[optimizer] type = {config.optimizer.type!r}": (
-            config.optimizer.type.lower().startswith("prodigy"),
-            "measures all weights at once, and they train block by block; use another one, or "
-            "add [adapter] type = 'lora'",
-        ),
-    }
-    for key, (is_fault, reason) in faults.items():
-        if is_fault:
-            raise BadInput(f"{path}: without [adapter] all weights train: {key} {reason}")
+def list_ignored(config: TrainConfig) -> list[str]:
+    """Says of each key that is set and changes nothing why it does not."""
+    return [
+        f"{key} has no effect: {reason}"
+        for key, reason in _IGNORED.items()
+        if getattr(config, key) is not None
+    ]
 
 
 def _check_eval_sets(config: TrainConfig, path: Path) -> None:
@@ -440,7 +419,7 @@ def _check_eval_sets(config: TrainConfig, path: Path) -> None:
 
 def load_dataset(path: Path) -> DatasetConfig:
     """Reads the dataset file; raises BadInput as ``load_config`` does."""
-    dataset = _validate(DatasetConfig, _read_toml(path), path)
+    dataset = _validate(DatasetConfig, read_toml(path), path)
     for number, own in enumerate(dataset.directory):
         for name in ("path", "mask_path", "default_mask_file", "first_frame_path"):
             if "\0" in (getattr(own, name) or ""):
@@ -453,56 +432,14 @@ def dump_config(config: Table) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such config file") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder, a TOML file was expected") from None
-    except ValueError as error:  # of tomllib, of the encoding, of a number with too many digits
-        raise BadInput(f"{path}: is not valid TOML ({error})") from None
-    except RecursionError:
-        raise BadInput(f"{path}: is not valid TOML (nested too deeply)") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise BadInput(f"override {override!r}: expected key.path=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *tables, last = key.strip().split(".")
-    for name in tables:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise BadInput(f"override {override!r}: {name} is not a table")
-    tree[last] = value
-
-
 def _validate(table: type[TableT], tree: dict[str, Any], path: Path) -> TableT:
     try:
         config = table.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(table, problem) for problem in error.errors())
+        problems = "; ".join(describe_problem(table, problem) for problem in error.errors())
         raise BadInput(f"{path}: {problems}") from None
     _refuse_unsupported(config, path)
     return config
-
-
-def _describe(table: type[Table], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _keys(table)
-        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1
-        )
-        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
-    if problem["type"] == "missing":
-        return f"key {key} is missing"
-    return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
 
 
 def _describe_policy(value: bool | str) -> str:
@@ -513,16 +450,6 @@ def _describe_policy(value: bool | str) -> str:
         + (f", did you mean {near[0]}?" if near else "")
         + f" (known: {', '.join(known)})"
     )
-
-
-def _keys(table: type[Table], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in table.model_fields.items():
-        keys.append(prefix + name)
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, Table):
-                keys += _keys(candidate, f"{prefix}{name}.")
-    return keys
 
 
 def _refuse_unsupported(config: Table, path: Path, prefix: str = "") -> None:

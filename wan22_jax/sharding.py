@@ -73,8 +73,12 @@ def device_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def peak_memory() -> int | None:
+    """Returns how many bytes of the first device were in use at most, None where it is not told."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def describe_peak_memory() -> str:
     """Says how much memory of the first device was in use at most, where the device tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
+    peak = peak_memory()
     return f"peak device memory {peak / 1e9:.1f} GB" if peak else "peak device memory not known"

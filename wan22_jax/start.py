@@ -14,7 +14,8 @@ import optax
 from flax import nnx
 from jax.sharding import Sharding
 
-from wan22_jax.config import FullConfig, TrainConfig
+from wan22_jax.config import TrainConfig
+from wan22_jax.full_config import FullConfig
 from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.full import describe_full, place_full, split_full

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from wan22_jax.checkpoint import open_checkpoints, restore_state, save_state
-from wan22_jax.config import load_config
+from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
 from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
 from wan22_jax.examples import make_grid, open_loader
@@ -24,6 +23,7 @@ from wan22_jax.model_folder import (
     choose_transformer_dtype,
     read_model_card,
 )
+from wan22_jax.monitoring import open_progress
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.sharding import (
     claim_gpu,
@@ -35,13 +35,14 @@ from wan22_jax.sharding import (
 from wan22_jax.start import choose_optimizer, plan_memory, start_training
 from wan22_jax.training.cadence import eval_is_due, is_due
 from wan22_jax.training.memory import explain_exhaustion
-from wan22_jax.training.metrics import Progress, StepReport
+from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import make_optimizer, warmup_constant
 from wan22_jax.training.step import (
     StepSettings,
     compile_train_step,
     split_seed,
 )
+from wan22_jax.watch import add_watch_arguments, watch
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-train", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="the training TOML file")
+    parser.add_argument("--config", type=Path, help="the training TOML file")
+    add_watch_arguments(parser)
     parser.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.propagate = False  # a library may have set up the root logger in its own format
     for name in ("absl", "asyncio"):  # Orbax logs, page by page, what it raises anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if args.status or args.report:
+        return run_command(lambda: watch(args))
+    if args.config is None:
+        parser.error("--config is needed to train")
     overrides, resume = args.overrides, args.resume_from_checkpoint
     if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
         overrides, resume = [resume, *overrides], True
@@ -98,7 +104,7 @@ def train(
         transformer_dtype=config.model.transformer_dtype,
     )
     loader = open_loader(config, card)
-    for line in loader.report:
+    for line in [*list_ignored(config), *loader.report]:
         log.info("%s", line)
     log.info("%d steps an epoch", loader.steps_per_epoch)
     eval_sets = open_eval_sets(config, card)
@@ -158,11 +164,14 @@ def train(
         log.info("run %s: %d steps done, of %d", run_dir, first_step, total_steps)
         if first_step >= total_steps:
             log.info("nothing is left to do; raise epochs or max_steps to train on")
-        progress = Progress(
+        progress = open_progress(
+            config,
             run_dir,
+            steps_per_epoch=loader.steps_per_epoch,
+            model=card.transformer,
+            schedule=schedule,
             first_step=first_step,
             total_steps=total_steps,
-            logging_steps=config.logging_steps,
         )
         saved_at, saved_step = time.monotonic(), first_step
         grids: dict[Bucket, jax.Array] = {}
@@ -180,10 +189,8 @@ def train(
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
                     done, epoch = step + 1, step // loader.steps_per_epoch + 1
                     ends_epoch = done % loader.steps_per_epoch == 0
-                    num_tokens = item.bucket.num_tokens * len(item.clips)
-                    lr = float(np.asarray(schedule(step)))
                     progress.push(
-                        StepReport(done, epoch, ends_epoch, num_tokens, lr, metrics, item.clips),
+                        StepReport(done, epoch, ends_epoch, item.bucket, metrics, item.clips),
                         new_program=is_new,
                     )
                 if evaluator and eval_is_due(config, done, epoch, ends_epoch):
