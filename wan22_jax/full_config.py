@@ -11,15 +11,20 @@ class FullConfig(BaseModel):
     """How all weights train where there is no ``[adapter]``; the table may be left out.
 
     ``weights`` is what they are kept in between steps; the model computes in ``[model] dtype``.
-    ``rounding`` is that of bfloat16 weights, see ``training/rounding.py``. ``offload_optimizer``
-    keeps the optimizer's state in host memory.
+    ``rounding`` is that of bfloat16 weights, 'stochastic' if it is not set; see
+    ``training/rounding.py``. ``offload_optimizer`` keeps the optimizer's state in host memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     weights: Literal["float32", "bfloat16"] = "float32"
-    rounding: Literal["stochastic", "kahan"] = "stochastic"
+    rounding: Literal["stochastic", "kahan"] | None = None
     offload_optimizer: bool = False
+
+    @property
+    def weight_rounding(self) -> Literal["stochastic", "kahan"] | None:
+        """How weights are rounded after a step; None where they are float32."""
+        return (self.rounding or "stochastic") if self.weights == "bfloat16" else None
 
 
 def find_fault(
@@ -58,7 +63,7 @@ def find_fault(
         "[full] weights = 'bfloat16' needs [model] dtype = 'bfloat16'": full.weights == "bfloat16"
         and model_dtype != "bfloat16",
         "[full] rounding is that of bfloat16 weights; leave it out, or set [full] weights = "
-        "'bfloat16'": full.weights == "float32" and "rounding" in full.model_fields_set,
+        "'bfloat16'": full.weights == "float32" and full.rounding is not None,
         f"[optimizer] type = {optimizer!r} measures all weights at once, and they train block by "
         "block; use another one, or add [adapter] type = 'lora'": optimizer.lower().startswith(
             "prodigy"

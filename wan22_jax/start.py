@@ -64,7 +64,7 @@ def plan_memory(
     masters = describe_full(model, dtype=full.weights)
     return FullPlan(
         weights=full.weights,
-        rounding=full.rounding if full.weights == "bfloat16" else None,
+        rounding=full.weight_rounding,
         offload_optimizer=full.offload_optimizer,
         accumulates=config.gradient_accumulation_steps > 1,
         activation_checkpointing=config.activation_checkpointing,
@@ -86,8 +86,8 @@ def choose_optimizer(config: TrainConfig, inner: optax.GradientTransformation) -
     if config.adapter is not None:
         return inner
     full = config.full or FullConfig()
-    if full.weights == "bfloat16":
-        inner = round_to_bfloat16(inner, rounding=full.rounding, seed=config.seed)
+    if full.weight_rounding is not None:
+        inner = round_to_bfloat16(inner, rounding=full.weight_rounding, seed=config.seed)
     return BlockwiseOptimizer(inner, config.gradient_clipping, on_host=full.offload_optimizer)
 
 
