@@ -59,7 +59,7 @@ def export_full(
         checkpoint, step=step, base_digest=card.digests["transformer"] if card else None
     )
     config = meta["config"]
-    dtype = dtype or config.get("save_dtype") or config["model"]["dtype"]
+    dtype = str(dtype or config.get("save_dtype") or config["model"]["dtype"])
     if out.suffix == ".safetensors":
         num_bytes = write_full(weights, out, dtype=dtype, metadata=make_metadata(meta))
         what = f"{len(weights)} tensors, {dtype}, step {meta['step']}, {num_bytes / 1e9:.2f} GB"

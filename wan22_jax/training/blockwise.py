@@ -5,7 +5,7 @@ block's comes to the device while the block before is updated, and goes back whi
 Clipping by the global norm is done here, since a block's optimizer does not see the others.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +112,7 @@ class BlockwiseOptimizer(NamedTuple):
     def _update(self, grads: Weights, state: Any, weights: Weights, scale: Any) -> tuple:
         grads = {name: grad.astype(jnp.float32) * scale for name, grad in grads.items()}
         updates, state = self.inner.update(_stack(grads), state, _stack(weights))
-        updated = optax.apply_updates(_stack(weights), updates)
-        assert isinstance(updated, dict)
+        updated = cast(Weights, optax.apply_updates(_stack(weights), updates))
         return {name: updated[name].reshape(array.shape) for name, array in weights.items()}, state
 
     def _place(self, leaf: Any, sharding: Sharding) -> Sharding:
@@ -143,5 +142,5 @@ def _together(*trees: Any) -> tuple:
     return jax.lax.optimization_barrier(trees)
 
 
-def _move(arrays: list[jax.Array], to: jax.memory.Space) -> list[jax.Array]:
+def _move(arrays: list[jax.Array], to: Any) -> list[jax.Array]:
     return [jax.device_put(array, to) for array in arrays]

@@ -94,7 +94,7 @@ def merge_full(
         (path, leaf.replace(_round(weights, ".".join(map(str, path)), leaf[...])))
         for path, leaf in nnx.to_flat_state(template)
     ]
-    rows = [
+    rows: list[Arrays] = [
         {name.split(".", 2)[2]: array for name, array in group.items()}
         for label, group in group_weights(weights).items()
         if label != _REST

@@ -25,7 +25,7 @@ Rounding = Literal["stochastic", "kahan"]
 class RoundedState(NamedTuple):
     """State of ``round_to_bfloat16``."""
 
-    count: jax.Array  # int32, steps done
+    step: jax.Array  # int32, steps done
     inner: optax.OptState  # its arrays, but for scalars, in bfloat16 where the weight is
     lost: Any  # by weight, what rounding has cost so far, bfloat16; None without Kahan
 
@@ -60,8 +60,8 @@ def round_to_bfloat16(
             )
         return RoundedState(jnp.zeros((), jnp.int32), state, lost)
 
-    def update(updates: Any, state: RoundedState, params: Any) -> tuple[Any, RoundedState]:
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         narrow = _narrow_paths(params)
         to_wide = lambda leaf: leaf.astype(jnp.float32)  # noqa: E731
         wide_state = jax.tree.map(
@@ -98,7 +98,7 @@ def round_to_bfloat16(
             for index in range(2)
         )
         new_lost = None if state.lost is None else lost
-        return updates, RoundedState(state.count + 1, new_inner, new_lost)
+        return updates, RoundedState(state.step + 1, new_inner, new_lost)
 
     return optax.GradientTransformation(init, update)
 
