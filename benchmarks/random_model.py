@@ -23,13 +23,16 @@ from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8, abstract_transformer
 from wan22_jax.sharding import replicated
+from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TaskMix
+from wan22_jax.training.frozen import place_frozen
+from wan22_jax.training.rounding import round_to_bfloat16
 from wan22_jax.training.step import (
     Frozen,
+    Optimizer,
     StepSettings,
     compile_train_step,
     loss_fn,
-    place_frozen,
 )
 from wan22_jax.weights import (
     is_stacked,
@@ -123,12 +126,31 @@ def place(
     )
 
 
+def make_full_optimizer(full: str, *, offload: bool) -> BlockwiseOptimizer:
+    """AdamW on all weights.
+
+    Args:
+        full: see --full.
+        offload: keep its state in pinned host memory.
+    """
+    adamw = optax.adamw(1e-5, b1=0.9, b2=0.99, weight_decay=0.01)
+    if full in ("stochastic", "kahan"):
+        adamw = round_to_bfloat16(adamw, rounding=full, seed=0)
+    return BlockwiseOptimizer(adamw, max_grad_norm=1.0, on_host=offload)
+
+
+def masters_dtype(full: str) -> jnp.dtype:
+    """What the weights that train are kept in."""
+    return jnp.dtype(jnp.float32 if full == "float32" else jnp.bfloat16)
+
+
 def build_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     activation_checkpointing: bool | str,
     mesh: Mesh,
+    opt_shardings: Any = None,
 ) -> jax.stages.Wrapped:
     """Jits the train step that wan22-train runs."""
     step = compile_train_step(
@@ -136,6 +158,7 @@ def build_step(
         optimizer,
         StepSettings(TaskMix(I2V_FRACTION), activation_checkpointing=activation_checkpointing),
         sharding=replicated(mesh),
+        opt_shardings=opt_shardings,
     )
     return cast(jax.stages.Wrapped, step)
 
@@ -164,7 +187,16 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         help="false, true, unsloth or a named policy, as in the training config",
     )
     parser.add_argument("--blocks_to_swap", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="clips in the one micro-batch")
+    parser.add_argument("--batch", type=int, default=1, help="clips in a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
+    parser.add_argument(
+        "--full",
+        choices=("float32", "stochastic", "kahan"),
+        help="train all weights: float32 masters, or bfloat16 weights rounded so",
+    )
+    parser.add_argument(
+        "--offload_optimizer", action="store_true", help="with --full: its state in host memory"
+    )
 
 
 def read_policy(text: str) -> bool | str:

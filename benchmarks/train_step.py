@@ -1,12 +1,14 @@
-"""How long does a LoRA train step take at real size, and how much memory?
+"""How long does a train step take at real size, and how much memory?
 
 One configuration a process: random weights of the 5B shapes, rank 32 on all ten linears of each
-block, AdamW and clipping; steps as wan22-train runs them, but for reading clips. Prints one line of
-JSON after the word RESULT. Needs the package installed or the repository's root on PYTHONPATH.
+block, or all weights (--full), AdamW and clipping; steps as wan22-train runs them, but for reading
+clips. Prints one line of JSON after the word RESULT. Needs the package installed or the
+repository's root on PYTHONPATH.
 
     python benchmarks/train_step.py --bucket 1280x704x121 --dtype float8 \
         --activation_checkpointing unsloth --blocks_to_swap 30 --memory_gb 10
     python benchmarks/train_step.py --bucket 512x512x33 --trace profile   # and where the time goes
+    python benchmarks/train_step.py --bucket 512x512x33 --full float32 --offload_optimizer
     python benchmarks/train_step.py --tiny --bucket 64x64x5               # does it run, on a CPU
 """
 
@@ -30,7 +32,9 @@ from random_model import (
     add_step_arguments,
     build_step,
     limit_memory,
+    make_full_optimizer,
     make_model,
+    masters_dtype,
     place,
 )
 
@@ -40,9 +44,10 @@ from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
 from wan22_jax.sharding import claim_gpu, make_mesh, replicated
 from wan22_jax.training.flops import count_flops
+from wan22_jax.training.full import place_full, split_full
 from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.optimizer_options import AdamW
-from wan22_jax.training.step import init_state, split_model
+from wan22_jax.training.step import Frozen, Optimizer, TrainState, init_state, split_model
 
 NUM_TRACED = 2  # steps in a profile
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event
@@ -63,27 +68,42 @@ def main() -> None:
     mesh = make_mesh()
     sharding = replicated(mesh)
     # Drawn on the device, weights would leave it in pieces too small for what the step needs.
-    on_host = args.blocks_to_swap > 0 or args.memory_gb is not None
+    on_host = args.blocks_to_swap > 0 or args.memory_gb is not None or args.full is not None
     model = make_model(config, dtype=args.dtype, on_host=on_host)
-    add_lora(model, seed=2)
-    graphdef, trainable, frozen = split_model(model)
-    del model
-    frozen = place(
-        frozen,
-        activation_checkpointing=args.activation_checkpointing,
-        blocks_to_swap=args.blocks_to_swap,
-        mesh=mesh,
-    )
-    optimizer = make_adamw()
-    state, grid, key = jax.device_put(
-        (init_state(trainable, optimizer), sigma_grid(), jax.random.key(0)), sharding
-    )
-    del trainable
-    batch = jax.device_put(make_batch(config, bucket, args.batch), sharding)
+    optimizer: Optimizer = make_adamw()
+    if args.full:
+        optimizer = make_full_optimizer(args.full, offload=args.offload_optimizer)
+        graphdef, weights, template = split_full(model, dtype=jnp.bfloat16)
+        del model
+        masters = place_full(weights, sharding, dtype=masters_dtype(args.full))
+        del weights
+        number = jnp.zeros((), jnp.int32)
+        state = TrainState(number, masters, optimizer.place_state(masters, sharding))
+        state = state._replace(step=jax.device_put(number, sharding))
+        frozen = Frozen(jax.device_put(template, sharding))
+        del masters
+    else:
+        add_lora(model, seed=2)
+        graphdef, trainable, frozen = split_model(model)
+        del model
+        frozen = place(
+            frozen,
+            activation_checkpointing=args.activation_checkpointing,
+            blocks_to_swap=args.blocks_to_swap,
+            mesh=mesh,
+        )
+        state = jax.device_put(init_state(trainable, optimizer), sharding)
+        del trainable
+    grid, key = jax.device_put((sigma_grid(), jax.random.key(0)), sharding)
+    batch = jax.device_put(make_batch(config, bucket, args.batch, args.accumulate), sharding)
 
     start = time.perf_counter()
     step = build_step(
-        graphdef, optimizer, activation_checkpointing=args.activation_checkpointing, mesh=mesh
+        graphdef,
+        optimizer,
+        activation_checkpointing=args.activation_checkpointing,
+        mesh=mesh,
+        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
     )
     lowered = step.lower(state, frozen, batch, key, grid)
     events: list[str] = []
@@ -116,12 +136,19 @@ def main() -> None:
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     step_s = statistics.median(seconds)
-    flops = count_flops(config, bucket.num_tokens) * args.batch
+    flops = (
+        count_flops(config, bucket.num_tokens, trains_weights=bool(args.full))
+        * args.batch
+        * args.accumulate
+    )
     result = {
         "program": "wan22_jax",
         "bucket": args.bucket,
-        "tokens": bucket.num_tokens * args.batch,
+        "tokens": bucket.num_tokens * args.batch * args.accumulate,
         "batch": args.batch,
+        "accumulate": args.accumulate,
+        "full": args.full,
+        "offload_optimizer": args.offload_optimizer,
         "dtype": args.dtype,
         "activation_checkpointing": args.activation_checkpointing,
         "blocks_to_swap": args.blocks_to_swap,
@@ -170,10 +197,12 @@ def make_adamw() -> optax.GradientTransformation:
     return make_optimizer(AdamW(), schedule=optax.constant_schedule(1e-4), gradient_clipping=1.0)
 
 
-def make_batch(config: TransformerConfig, bucket: Bucket, batch_size: int) -> Batch:
+def make_batch(
+    config: TransformerConfig, bucket: Bucket, batch_size: int, accumulate: int = 1
+) -> Batch:
     """White noise in place of latents and text: it takes the same time."""
     rng = np.random.default_rng(0)
-    lead = (1, batch_size)
+    lead = (accumulate, batch_size)
     latents = rng.standard_normal((*lead, *bucket.latent_TYX, config.in_channels), np.float32)
     text = rng.standard_normal((*lead, config.text_len, config.text_dim), np.float32)
     return Batch(latents.astype(jnp.bfloat16), text.astype(jnp.bfloat16))

@@ -1,7 +1,8 @@
-"""wan22-export: how does a training run become a LoRA file that ComfyUI loads?
+"""wan22-export: how does a training run become a file that ComfyUI loads, or a model folder?
 
-The file is written beside its final name, read back from disk and compared bit by bit, then
-renamed: what carries the final name is complete and proven.
+A LoRA is written here, all weights of a full fine-tuning in ``export_full.py``. The file is
+written beside its final name, read back from disk and compared bit by bit, then renamed: what
+carries the final name is complete and proven.
 """
 
 import argparse
@@ -9,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from convert.export_full import export_full
 from wan22_jax.adapter import Adapter, load_adapter, to_comfyui
 from wan22_jax.adapter_file import write_proven
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.full_file import is_full
 from wan22_jax.model_folder import read_model_card
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
     )
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, *.safetensors")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file to write, *.safetensors, or folder"
+    )
     average = parser.add_mutually_exclusive_group()
     average.add_argument("--ema", action="store_true", help="the average that ema_decay makes")
     average.add_argument("--raw", action="store_true", help="the weights themselves (default)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: save_dtype, or dtype of [adapter]"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the run's config")
     parser.add_argument("--model", type=Path, help="refuse unless trained on this model folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
@@ -73,6 +76,18 @@ def export_adapter(
 
 
 def _run(args: argparse.Namespace) -> None:
+    if is_full(args.checkpoint, args.step):
+        line = export_full(
+            args.checkpoint,
+            args.out,
+            step=args.step,
+            ema=args.ema,
+            dtype=args.dtype,
+            model=args.model,
+            overwrite=args.overwrite,
+        )
+        sys.stdout.write(f"{line}\n")
+        return
     base_digest = read_model_card(args.model).digests["transformer"] if args.model else None
     adapter = export_adapter(
         args.checkpoint,

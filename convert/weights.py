@@ -179,8 +179,7 @@ def _write(
     with tqdm(total=num_bytes, unit="B", unit_scale=True, unit_divisor=1000) as bar:
         for network in NETWORKS:
             bar.set_description(network)
-            parts = [json.dumps(asdict(configs[network]), sort_keys=True)]
-            parts += _write_network(
+            parts = write_network(
                 getattr(source, network), plans[network], partial.absolute() / network, bar
             )
             if network == "text_encoder":
@@ -188,7 +187,7 @@ def _write(
                     f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
                     for file in _list_files(source.tokenizer)
                 ]
-            digests[network] = _digest(parts)
+            digests[network] = digest_network(configs[network], parts)
     card = ModelCard(
         dtype=dtype,
         source=name,
@@ -196,13 +195,13 @@ def _write(
         vae=source.vae_config,
         text_encoder=source.text_encoder_config,
         digests=digests,
-        digest=_digest([digests[network] for network in NETWORKS]),
+        digest=digest_networks(digests),
     )
     write_model_card(partial, card)
     return card
 
 
-def _write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) -> list[str]:
+def write_network(tensors: OfficialTensors, plan: Plan, path: Path, bar: tqdm) -> list[str]:
     """Writes one Orbax checkpoint; returns a line with name, dtype, shape and hash per tensor."""
     _reserve(path, plan)
     parts: dict[str, ts.TensorStore] = {}  # by official name
@@ -302,6 +301,16 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def digest_network(config: Any, lines: Sequence[str]) -> str:
+    """Hashes a network: its config, a dataclass, and what ``write_network`` says of it."""
+    return _digest([json.dumps(asdict(config), sort_keys=True), *lines])
+
+
+def digest_networks(digests: Mapping[str, str]) -> str:
+    """Hashes a model by the digests of its networks."""
+    return _digest([digests[network] for network in NETWORKS])
 
 
 def _digest(parts: Sequence[str]) -> str:

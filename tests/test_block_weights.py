@@ -8,7 +8,8 @@ from flax import nnx
 from wan22_jax.model.block_weights import join_linears, named_arrays
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
-from wan22_jax.training.step import Frozen, place_frozen, split_model
+from wan22_jax.training.frozen import place_frozen
+from wan22_jax.training.step import Frozen, split_model
 
 BLOCKS, SWAP = 3, 2
 CONFIG = TransformerConfig(

@@ -15,7 +15,8 @@ from wan22_jax.model.lora import Dropout, LowRank
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.draws import Draws, draw_dropout
-from wan22_jax.training.step import StepSettings, loss_fn, place_frozen, split_model
+from wan22_jax.training.frozen import place_frozen
+from wan22_jax.training.step import StepSettings, loss_fn, split_model
 
 B, L, NUM_IN, NUM_OUT, RANK, RATE = 2, 3, 8, 6, 2, 0.4
 

@@ -18,7 +18,8 @@ from wan22_jax.model.flow import SQUARED, Penalty, sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.evaluate import Evaluator
-from wan22_jax.training.step import place_frozen, split_model
+from wan22_jax.training.frozen import place_frozen
+from wan22_jax.training.step import split_model
 
 CONFIG = TransformerConfig(
     dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=8, text_len=512, freq_dim=16

@@ -36,9 +36,16 @@ LAYERS = [
         "wan22_jax.training.prodigy",
     }
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
-    | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"},
+    | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"}
+    | {"wan22_jax.training.full", "wan22_jax.training.rounding", "wan22_jax.training.frozen"}
+    | {"wan22_jax.refused_keys"},
     {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
-    {"wan22_jax.data.cache", "wan22_jax.training.optimizer_options"},
+    {
+        "wan22_jax.data.cache",
+        "wan22_jax.training.optimizer_options",
+        "wan22_jax.training.blockwise",
+        "wan22_jax.full_config",
+    },
     {"wan22_jax.training.draws"},
     {
         "wan22_jax.training.step",
@@ -51,10 +58,10 @@ LAYERS = [
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
-    {"wan22_jax.adapter", "wan22_jax.config"},
+    {"wan22_jax.adapter", "wan22_jax.config", "wan22_jax.full_file"},
     {"wan22_jax.dataset", "wan22_jax.training.cadence", "wan22_jax.training.retention"}
     | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"}
-    | {"wan22_jax.training.optimizer"},
+    | {"wan22_jax.training.optimizer", "wan22_jax.start"},
     {"wan22_jax.run_folder", "wan22_jax.saving"},
     {"wan22_jax.examples", "wan22_jax.monitoring", "wan22_jax.run_summary"},
     {"wan22_jax.evaluation", "wan22_jax.report"},
@@ -62,7 +69,9 @@ LAYERS = [
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},
-    {"convert.weights", "convert.export"},
+    {"convert.weights"},
+    {"convert.export_full"},
+    {"convert.export"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 COMMANDS = {"encode", "train", "sample", "demo"}

@@ -6,7 +6,7 @@ import pytest
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.remat import POLICIES
-from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
+from wan22_jax.training.memory import FullPlan, MemoryPlan, explain_exhaustion
 
 BUCKET = Bucket(1280, 704, 121)
 PLAN = MemoryPlan(
@@ -74,3 +74,46 @@ def test_other_errors_pass():
     with pytest.raises(jax.errors.JaxRuntimeError) as passed, explain_exhaustion(PLAN):
         raise error
     assert passed.value is error
+
+
+FULL = FullPlan(
+    weights="float32",
+    rounding=None,
+    offload_optimizer=True,
+    accumulates=False,
+    activation_checkpointing=True,
+    micro_batch=1,
+    num_parameters=4_999_787_712,
+    weight_bytes=19_999_150_848,
+    gradient_bytes=10_160_000_000,
+    state_bytes=39_998_301_696,
+)
+
+
+def test_a_plan_of_a_full_fine_tuning_says_what_each_part_takes():
+    assert str(FULL) == (
+        "4,999,787,712 weights train: float32 weights 20.0 GB, gradients 10.2 GB, optimizer state "
+        "40.0 GB in host memory; 30.2 GB on the device, activations on top"
+    )
+    other = FULL._replace(
+        weights="bfloat16", rounding="kahan", accumulates=True, offload_optimizer=False
+    )
+    assert "bfloat16 weights (kahan rounding) 20.0 GB" in str(other)
+    assert "gradients 10.2 GB, their sum 20.0 GB, optimizer state 40.0 GB; 90.2 GB" in str(other)
+
+
+def test_the_advice_of_a_full_fine_tuning_ends_with_a_lora():
+    plan = FULL._replace(
+        offload_optimizer=False, accumulates=True, activation_checkpointing="keep_qkv"
+    )
+    changes: list[tuple[str, dict]] = [
+        ("set activation_checkpointing = true", {"activation_checkpointing": True}),
+        ("set [full] offload_optimizer = true", {"offload_optimizer": True}),
+        ("set [full] weights = 'bfloat16'", {"weights": "bfloat16"}),
+        ("set gradient_accumulation_steps = 1", {"accumulates": False}),
+        ("train a LoRA", {}),
+    ]
+    for advice, change in changes:
+        assert advice in run_out(plan)
+        plan = plan._replace(**change)
+    assert run_out(plan, None).startswith("out of GPU memory, or pinned host memory, loading")

@@ -16,6 +16,7 @@ from wan22_jax.model.flow import SQUARED, sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.draws import Draws, TaskMix, draw_example
+from wan22_jax.training.frozen import place_frozen
 from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import (
@@ -25,7 +26,6 @@ from wan22_jax.training.step import (
     compile_train_step,
     init_state,
     loss_fn,
-    place_frozen,
     split_model,
 )
 

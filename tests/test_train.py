@@ -144,7 +144,10 @@ def test_another_base_model_or_adapter_is_not_resumed(monkeypatch, capsys):
     assert run("max_steps=1") == 0
     capsys.readouterr()
     assert run("--resume_from_checkpoint", "adapter.rank=4") == 2
-    assert "was trained with other ranks or alphas than [adapter] has now (cross_attn.k [2" in capsys.readouterr().err
+    assert (
+        "was trained with other ranks or alphas than [adapter] has now (cross_attn.k [2"
+        in capsys.readouterr().err
+    )
     card = read_model_card(Path("model"))
     other = dataclasses.replace(card, digests=card.digests | {"transformer": "another"})
     monkeypatch.setattr(train, "read_model_card", lambda _: other)

@@ -274,6 +274,11 @@ def _read_file(path: Path) -> Adapter:
 
 def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
     matrices, meta = read_trainable(path, step, ema=ema)
+    if meta["targets"] is None:
+        raise BadInput(
+            f"{path}: holds all weights of a model, not a LoRA; make a model folder of it with "
+            "wan22-export --model BASE --out FOLDER, and use that"
+        )
     adapter = make_adapter(matrices, meta, source=str(path))
     # The same checks as for a file: a checkpoint of another kind of training must not pass.
     from_comfyui(to_comfyui(adapter), metadata={}, source=str(path))

@@ -127,4 +127,5 @@ def parse_targets(meta: dict[str, Any], names: Sequence[str]) -> dict[str, LoRAT
     """Reads it back; ``names`` are those of a checkpoint from before there was a choice."""
     if "targets" not in meta:
         return {name: LoRATarget(meta["rank"], float(meta["alpha"])) for name in names}
-    return {name: LoRATarget(rank, float(alpha)) for name, (rank, alpha) in meta["targets"].items()}
+    targets = meta["targets"] or {}  # None where all weights trained
+    return {name: LoRATarget(rank, float(alpha)) for name, (rank, alpha) in targets.items()}

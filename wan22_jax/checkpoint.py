@@ -309,6 +309,32 @@ def read_trainable(
         BadInput: there is no such checkpoint, it holds no average, it was written by another
             version, or is damaged.
     """
+    checkpoint, meta = _find_checkpoint(path, step)
+    if ema and "ema" not in meta["arrays"]:
+        raise BadInput(f"{checkpoint}: holds no average, ema_decay was not set; leave --ema out")
+    items = ("ema",) if ema else ("trainable",)
+    if not ema and _is_schedule_free(meta):
+        items = ("trainable", "opt_state")
+    damage = find_damage(checkpoint, items=items)
+    if damage is not None:
+        steps = sorted(list_steps(checkpoint.parent))
+        raise BadInput(f"{damage}; choose another checkpoint with --step, there are {steps}")
+    read = _read(checkpoint, {name: ocp.args.StandardRestore() for name in items})
+    arrays = {
+        name: {path: np.asarray(array) for path, array in of_item.items()}
+        for name, of_item in read.items()
+    }
+    if "opt_state" in arrays:
+        return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
+    return arrays[items[0]], meta
+
+
+def read_saved_meta(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Reads the meta of one checkpoint; arguments and errors as ``read_trainable``."""
+    return _find_checkpoint(path, step)[1]
+
+
+def _find_checkpoint(path: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     if path.name.isdigit() and path.parent.name == FOLDER:
         path, step = path.parent, int(path.name) if step is None else step
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
@@ -318,25 +344,7 @@ def read_trainable(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise BadInput(f"{folder}: has no checkpoint of step {step}; it has {steps}")
-    meta = read_meta(folder / str(step))
-    if ema and "ema" not in meta["arrays"]:
-        raise BadInput(
-            f"{folder / str(step)}: holds no average, ema_decay was not set; leave --ema out"
-        )
-    items = ("ema",) if ema else ("trainable",)
-    if not ema and _is_schedule_free(meta):
-        items = ("trainable", "opt_state")
-    damage = find_damage(folder / str(step), items=items)
-    if damage is not None:
-        raise BadInput(f"{damage}; choose another checkpoint with --step, there are {steps}")
-    read = _read(folder / str(step), {name: ocp.args.StandardRestore() for name in items})
-    arrays = {
-        name: {path: np.asarray(array) for path, array in of_item.items()}
-        for name, of_item in read.items()
-    }
-    if "opt_state" in arrays:
-        return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
-    return arrays[items[0]], meta
+    return folder / str(step), read_meta(folder / str(step))
 
 
 def find_run(output_dir: Path, name: str | None) -> Path:
@@ -371,8 +379,10 @@ def remove_checkpoint(folder: Path, step: int) -> None:
     _remove(folder / str(step))
 
 
-def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
-    """Maps a state to path -> array."""
+def flatten_state(state: Any) -> dict[str, jax.Array]:
+    """Maps an adapter, or any other tree, to path -> array."""
+    if not isinstance(state, nnx.State):
+        return _flatten_tree(state)
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -384,7 +394,7 @@ def _is_schedule_free(meta: dict[str, Any]) -> bool:
 def _name_arrays(state: TrainState) -> dict[str, dict[str, jax.Array]]:
     """The items of a state but for its step: path -> array of each that there is."""
     return {
-        name: flatten_state(value) if isinstance(value, nnx.State) else _flatten_tree(value)
+        name: flatten_state(value)
         for name, value in state._asdict().items()
         if name != "step" and value is not None
     }

@@ -16,8 +16,10 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 from wan22_jax.adapter_targets import AdapterConfig, LoRATarget, choose_targets, lr_ratios
 from wan22_jax.data.batching import Batching, make_batching
 from wan22_jax.errors import BadInput
+from wan22_jax.full_config import FullConfig, find_fault
 from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.refused_keys import IGNORED, REFUSED
 from wan22_jax.toml_file import Table, apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.optimizer_options import (
@@ -118,6 +120,7 @@ class TrainConfig(Table):
     dataset: str
     model: ModelConfig
     adapter: AdapterConfig | None = None
+    full: FullConfig | None = None
     optimizer: SerializeAsAny[Options] = AdamW()
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
@@ -170,14 +173,14 @@ class TrainConfig(Table):
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     uncond_fraction: float = Field(0.0, ge=0, le=1)
     video_clip_mode: ClipMode = "single_beginning"
-    # Keys of diffusion-pipe that change nothing here (see _IGNORED).
+    # Keys of diffusion-pipe that change nothing here (see IGNORED).
     caching_batch_size: int | None = Field(None, ge=1)
     map_num_proc: int | None = Field(None, ge=1)
     compile: bool | None = None
     partition_method: str | None = None
     partition_split: list[int] | None = None
     reentrant_activation_checkpointing: bool | None = None
-    # From here on: known keys of diffusion-pipe that this version refuses (see _LATER).
+    # From here on: known keys of diffusion-pipe that this version refuses (see REFUSED).
     pipeline_stages: Any = None
 
     @property
@@ -316,41 +319,6 @@ class DatasetConfig(ClipKeys):
     uncond_fraction: Number | None = Field(None, ge=0, le=1)
 
 
-_LATER_VERSION = "is not supported by this version yet"
-_DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
-_E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
-
-# key -> (values that change nothing, why any other value is refused)
-_LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "adapter.type": (("lora",), "only low-rank matrices are trained; use 'lora', of higher rank"),
-    "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
-    "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
-    "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
-    "model.cache_text_embeddings": ((True,), "text embeddings are always cached; leave it out"),
-    "model.text_encoder_fp8": (
-        (False,),
-        "one that does not fit into GPU memory is streamed from host memory, to the same bits",
-    ),
-    "save_dtype": (
-        (None, "float32", "float16", "bfloat16"),
-        "rounds a LoRA's small weights to two or three bits; use 'bfloat16'",
-    ),
-    "pipeline_stages": ((None, 1), _DEEPSPEED),
-    "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
-    "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
-    "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),
-}
-
-# key -> why leaving it out trains the same; such a key is accepted with whatever value
-_IGNORED = {
-    "caching_batch_size": "wan22-cache chooses its batches by the memory that there is",
-    "map_num_proc": "wan22-cache chooses its own parallelism",
-    "compile": "the train step is always compiled",
-    "partition_method": "it splits layers among pipeline stages, of which there is one",
-    "partition_split": "it splits layers among pipeline stages, of which there is one",
-    "reentrant_activation_checkpointing": "it chooses between two ways of torch to recompute",
-}
-
 TableT = TypeVar("TableT", bound=BaseModel)
 
 
@@ -381,11 +349,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"{path}: huber_delta, smooth_l1_beta and pseudo_huber_c each choose the loss; "
             "set one of them"
         )
-    if config.adapter is None:
-        raise BadInput(
-            f"{path}: [adapter] is missing; full fine-tuning {_LATER_VERSION}, "
-            "add [adapter] type = 'lora'"
-        )
     if config.lr is not None and config.optimizer.lr not in (None, config.lr):
         raise BadInput(
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
@@ -400,6 +363,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise BadInput(f"{path}: [model] min_t must be below max_t")
     if config.activation_checkpointing not in POLICIES:
         raise BadInput(f"{path}: {_describe_policy(config.activation_checkpointing)}")
+    fault = find_fault(
+        config.full,
+        has_adapter=config.adapter is not None,
+        model_dtype=config.model.dtype,
+        transformer_dtype=config.model.transformer_dtype,
+        blocks_to_swap=config.blocks_to_swap,
+        activation_checkpointing=config.activation_checkpointing,
+        optimizer=config.optimizer.type,
+        skip_nonfinite_steps=config.skip_nonfinite_steps,
+    )
+    if fault is not None:
+        raise BadInput(f"{path}: {fault}")
     return config
 
 
@@ -407,7 +382,7 @@ def list_ignored(config: TrainConfig) -> list[str]:
     """Says of each key that is set and changes nothing why it does not."""
     return [
         f"{key} has no effect: {reason}"
-        for key, reason in _IGNORED.items()
+        for key, reason in IGNORED.items()
         if getattr(config, key) is not None
     ]
 
@@ -514,6 +489,6 @@ def _refuse_unsupported(config: Table, path: Path, prefix: str = "") -> None:
                 dot = f"{name}[{index}]." if isinstance(value, list) else f"{name}."
                 _refuse_unsupported(item, path, prefix + dot)
         key = name if prefix.startswith("directory[") else prefix + name
-        accepted, reason = _LATER.get(key, ((value,), ""))
+        accepted, reason = REFUSED.get(key, ((value,), ""))
         if not any(type(value) is type(other) and value == other for other in accepted):
             raise BadInput(f"{path}: {prefix}{name} = {value!r}: {reason}")

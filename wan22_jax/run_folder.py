@@ -46,9 +46,9 @@ class Run(NamedTuple):
 
 def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[str, Any]:
     """Makes what every checkpoint of the run says of it, beside its step and start."""
-    assert config.adapter is not None  # load_config refuses the rest
     return {
-        "targets": describe_targets(config.lora_targets),
+        # None where all weights train.
+        "targets": describe_targets(config.lora_targets) if config.adapter else None,
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
@@ -99,7 +99,7 @@ def _check_same(folder: Path, saved: dict[str, Any], meta: dict[str, Any]) -> No
             f"{meta['base_digest']}; resume with the original or start a new run"
         )
     before = describe_targets(parse_targets(saved, TARGETS))
-    if changes := compare(before, meta["targets"]):
+    if changes := compare(before, meta["targets"] or {}):
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         raise BadInput(
             f"{folder}: was trained with other ranks or alphas than [adapter] has now "

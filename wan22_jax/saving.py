@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from wan22_jax.checkpoint import (
 )
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput, is_full_disk
+from wan22_jax.full_file import make_metadata, write_full
 from wan22_jax.stopping import Wish
 from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.cadence import Due
@@ -33,7 +35,7 @@ from wan22_jax.training.metrics import NonFiniteLoss
 from wan22_jax.training.retention import Retention, choose_superfluous
 from wan22_jax.training.step import TrainState
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, FULL_FILE = "adapter_model.safetensors", "model.safetensors"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
@@ -121,13 +123,9 @@ class Saver:
         folder = self._run_dir / name
         partial = self._run_dir / f".{name}{_PARTIAL}"
         replaced = self._run_dir / f".{name}{_REPLACED}"
-        matrices = {
-            name: np.asarray(array)
-            for name, array in flatten_state(evaluation_weights(state)).items()
-        }
         meta = self._meta | {"step": int(state.step)}
         try:
-            write_proven(make_adapter(matrices, meta, source=str(folder)), partial / ADAPTER_FILE)
+            file = self._write_trained(state, partial, meta, source=str(folder))
             (partial / self._config_name).write_text(dump_config(self._config), "utf-8")
             if folder.exists():
                 folder.rename(replaced)
@@ -139,10 +137,23 @@ class Saver:
             self._fail("export", BadInput(f"{folder}: was not saved ({what})"))
         else:
             self._failed.pop("export", None)
-            self._say(f"step {int(state.step)}: saved {folder / ADAPTER_FILE}")
+            self._say(f"step {int(state.step)}: saved {folder / file}")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _write_trained(
+        self, state: TrainState, folder: Path, meta: dict[str, Any], *, source: str
+    ) -> str:
+        """Writes the adapter, or all weights; returns the file's name."""
+        weights = flatten_state(evaluation_weights(state))
+        if self._config.adapter is None:
+            dtype = str(self._config.save_dtype or self._config.model.dtype)
+            write_full(weights, folder / FULL_FILE, dtype=dtype, metadata=make_metadata(meta))
+            return FULL_FILE
+        matrices = {name: np.asarray(array) for name, array in weights.items()}
+        write_proven(make_adapter(matrices, meta, source=source), folder / ADAPTER_FILE)
+        return ADAPTER_FILE
 
     def finish(self) -> None:
         """Waits for what is under way.

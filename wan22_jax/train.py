@@ -1,4 +1,4 @@
-"""wan22-train: trains a LoRA on cached clips. The story of a run, read downwards.
+"""wan22-train: trains a LoRA, or all weights, on cached clips. The story of a run, read downwards.
 
 Step k trains on ``loader[k]`` with draws made from (seed, k), so a run that stopped goes on from
 its checkpoint as if it had not: the step number is all that has to be known.
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 
-from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
@@ -21,7 +20,6 @@ from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
     choose_transformer_dtype,
-    load_transformer,
     read_model_card,
 )
 from wan22_jax.monitoring import open_progress
@@ -35,18 +33,16 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
+from wan22_jax.start import choose_optimizer, plan_memory, start_training
 from wan22_jax.stopping import listen
 from wan22_jax.training.cadence import Cadence
-from wan22_jax.training.memory import MemoryPlan, explain_exhaustion
+from wan22_jax.training.memory import explain_exhaustion
 from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import describe_optimizer, make_optimizer, make_schedule
 from wan22_jax.training.retention import make_retention
 from wan22_jax.training.step import (
     StepSettings,
     compile_train_step,
-    init_state,
-    place_frozen,
-    split_model,
     split_seed,
 )
 from wan22_jax.watch import add_watch_arguments, watch
@@ -140,45 +136,34 @@ def train(
     epochs_end = config.epochs * loader.steps_per_epoch - offset
     total_steps = min(epochs_end, config.max_steps or sys.maxsize)
 
-    plan = MemoryPlan(
-        dtype,
-        num_blocks=card.transformer.num_layers,
-        blocks_to_swap=config.blocks_to_swap,
-        activation_checkpointing=config.activation_checkpointing,
-        micro_batch=config.micro_batch,
-    )
     sharding = replicated(make_mesh())
     log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
-    log.info("frozen weights: %s, from %s of %s", dtype, model_folder, card.dtype)
-    log.info("memory: %s", plan)
     lora_key, draw_key = split_seed(config.seed)
     log.info("optimizer: %s", describe_optimizer(config))
     schedule = make_schedule(config, total_steps=total_steps - run.start.schedule_start)
-    optimizer = make_optimizer(
+    inner = make_optimizer(
         config.optimizer,
         schedule=schedule,
-        gradient_clipping=config.gradient_clipping,
+        gradient_clipping=config.gradient_clipping if config.adapter else 0.0,
         global_batch=config.global_batch,
         lr_ratios=config.lr_ratios,
     )
+    optimizer = choose_optimizer(config, inner)
+    plan = plan_memory(config, card, optimizer, dtype=dtype)
+    what = f"frozen weights: {dtype}" if config.adapter else "all weights train"
+    log.info("%s, from %s of %s", what, model_folder, card.dtype)
+    log.info("memory: %s", plan)
     with explain_exhaustion(plan):
-        # Placing copies each block: from the host, so that no weight is on the device twice.
-        model = load_transformer(model_folder, dtype=dtype, host=True)
-        add_adapter(model, lora_key, config.lora_targets)
-        if config.adapter and config.adapter.init_from_existing and not resume:
-            log.info("%s", start_from_existing(model, Path(config.adapter.init_from_existing)))
-        graphdef, trainable, frozen = split_model(model)
-        state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
-        state, draw_key = jax.device_put((state, draw_key), sharding)
-        frozen = jax.block_until_ready(
-            place_frozen(
-                frozen,
-                activation_checkpointing=config.activation_checkpointing,
-                blocks_to_swap=config.blocks_to_swap,
-                sharding=sharding,
-            )
+        graphdef, optimizer, state, frozen = start_training(
+            config,
+            model_folder,
+            optimizer,
+            dtype=dtype,
+            key=lora_key,
+            is_new=not resume,
+            sharding=sharding,
         )
-    del model, trainable  # the state owns these arrays now, and the step donates them
+        draw_key = jax.device_put(draw_key, sharding)
     train_step = compile_train_step(
         graphdef,
         optimizer,
@@ -191,6 +176,7 @@ def train(
             ema_decay=config.ema_decay,
         ),
         sharding=sharding,
+        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
     )
     evaluator = make_evaluator(
         config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding

@@ -4,8 +4,9 @@ Linears that read the same rows run as one matmul: q, k and v of self-attention 
 "self_attn.qkv", k and v of the text are "cross_attn.kv". The parameters keep the names of the
 checkpoint (``transformer.Block``); what a block computes with is ``BlockWeights``.
 
-Frozen arrays are joined by ``join_linears``: once, when ``training.step.place_frozen`` puts them
-where the step reads them, or else block by block in the loop (sampling). Adapters are joined,
+Arrays are joined by ``join_linears``: once, when ``training.step.place_frozen`` puts them
+where the step reads them, or else block by block in the loop (sampling, and full fine-tuning, whose
+float32 masters are rounded there too). Adapters are joined,
 scaled and rounded for all blocks at once, at the start of each pass, by ``join_adapters``; of these
 ``remat.run_blocks`` hands each block its rows twice: rounded, to compute with, and in float32,
 which nothing reads but for which the gradient is taken, so that it is not rounded.
@@ -26,6 +27,7 @@ from wan22_jax.model.lora import Dropout, LowRank, join_low_rank, round_low_rank
 Arrays = Mapping[str, Any]  # by name within a block; of JAX, or of NumPy until they are placed
 Adapters = Mapping[str, tuple[LowRank | None, LowRank | None]]  # rounded, trained
 
+_KEPT_FLOAT32 = ("modulation", "weight_scale")
 _JOINED = (("self_attn", "qkv"), ("cross_attn", "kv"))  # module, names of its linears
 
 
@@ -69,6 +71,20 @@ def join_linears(arrays: Arrays) -> Arrays:
             join = library.stack if leaf == "weight_scale" else library.concatenate
             joined[f"{module}.{names}.{leaf}"] = join(parts, axis=axis)
     return joined
+
+
+def round_masters(arrays: Arrays, dtype: DTypeLike) -> Arrays:
+    """Casts float32 masters of a block to the dtype that it computes in.
+
+    What is read in float32 anyway stays, and so does what has another dtype: frozen weights are
+    never cast.
+    """
+    return {
+        name: array.astype(dtype)
+        if array.dtype == jnp.float32 and name.rpartition(".")[2] not in _KEPT_FLOAT32
+        else array
+        for name, array in arrays.items()
+    }
 
 
 def join_adapters(linears: Mapping[str, Linear], *, dtype: DTypeLike) -> Adapters:

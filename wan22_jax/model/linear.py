@@ -123,8 +123,8 @@ def _weight_gradients(
 ) -> LinearWeights:
     dweight, dbias, dlora, dtrained = jnp.zeros_like(w.weight_OI), None, None, None
     if not w.is_float8:
-        dweight = matmul(jnp.concatenate(grads, axis=1).T, rows_NI, jnp.float32)
-        dweight = dweight.astype(w.weight_OI.dtype)
+        # Summed in float32 and rounded by the matmul itself: no float32 copy waits to be rounded.
+        dweight = matmul(jnp.concatenate(grads, axis=1).T, rows_NI, w.weight_OI.dtype)
     if w.bias_O is not None:
         dbias = jnp.concatenate([g.astype(jnp.float32).sum(axis=0) for g in grads])
         dbias = dbias.astype(w.bias_O.dtype)

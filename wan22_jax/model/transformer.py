@@ -24,6 +24,7 @@ from wan22_jax.model.block_weights import (
     join_adapters,
     join_linears,
     named_arrays,
+    round_masters,
 )
 from wan22_jax.model.embeddings import PatchEmbedding, sinusoid
 from wan22_jax.model.fused import (
@@ -109,8 +110,8 @@ class WanTransformer(nnx.Module):
             float32_residual: keep the residual stream in float32 in a 16-bit model.
             activation_checkpointing: what the backward pass keeps of each block, a key of
                 ``remat.POLICIES``.
-            parts: frozen weights of the blocks to read instead of those of ``self.blocks``; see
-                ``training.step.place_frozen``.
+            parts: weights of the blocks to read instead of those of ``self.blocks``; see
+                ``training.step.place_frozen`` and ``training.full.merge_full``.
             dropout: of the adapters.
 
         Raises:
@@ -141,7 +142,8 @@ class WanTransformer(nnx.Module):
             adapters, number = trainable
             if dropout is not None:
                 dropout = dropout.at(jax.lax.stop_gradient(number).astype(jnp.int32))
-            weights = BlockWeights(join_linears(arrays), adapters, dropout)
+            arrays = join_linears(round_masters(arrays, dtype))
+            weights = BlockWeights(arrays, adapters, dropout)
             return run_block(x, weights, *inputs, config=config)
 
         x_BLD = run_blocks(

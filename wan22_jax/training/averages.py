@@ -5,16 +5,15 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx
 from optax import contrib
 
-from wan22_jax.training.step import TrainState
+from wan22_jax.training.step import Trainable, TrainState
 
 _Z = re.compile(r"(?:.*?\.)?z\.(.*)\.value")  # of the schedule-free state, by the path of a weight
 _B1 = re.compile(r"(?:.*\.)?b1")
 
 
-def evaluation_weights(state: TrainState) -> nnx.State:
+def evaluation_weights(state: TrainState) -> Trainable:
     """Returns the weights that a state stands for: its own, but for a schedule-free optimizer.
 
     That one trains at y = (1 - b1) z + b1 x, and x, the average, is what it has learnt.

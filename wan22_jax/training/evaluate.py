@@ -23,7 +23,8 @@ from wan22_jax.data.eval_clips import EvalBatch, EvalSet
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import Penalty
 from wan22_jax.training.draws import Draws
-from wan22_jax.training.step import Frozen, StepSettings, gather_frozen, loss_fn
+from wan22_jax.training.frozen import gather_frozen
+from wan22_jax.training.step import Frozen, StepSettings, Trainable, loss_fn
 
 NUM_QUANTILES = 9
 QUANTILES = tuple((number + 1) / (NUM_QUANTILES + 1) for number in range(NUM_QUANTILES))
@@ -70,7 +71,7 @@ class Evaluator:
             partial(eval_losses, graphdef=graphdef, settings=settings), out_shardings=sharding
         )
 
-    def __call__(self, trainable: nnx.State, ema: nnx.State | None = None) -> dict[str, float]:
+    def __call__(self, trainable: Trainable, ema: Trainable | None = None) -> dict[str, float]:
         """Evaluates the weights; returns values by the names of their curves.
 
         ``<set>/loss_quantile_0.10`` to ``_0.90``, ``<set>/loss``, their mean, ``<set>/loss_i2v``
@@ -106,7 +107,7 @@ class Evaluator:
         return sum(found) / len(found)
 
     def _measure(
-        self, examples: EvalSet, versions: Mapping[str, nnx.State], frozen: Frozen
+        self, examples: EvalSet, versions: Mapping[str, Trainable], frozen: Frozen
     ) -> dict[tuple[str, int, int], float]:
         """Returns mean losses by version, number of given frames and number of the quantile."""
         sums: defaultdict[tuple[str, int, int], float] = defaultdict(float)
@@ -133,7 +134,7 @@ class Evaluator:
         self,
         bucket: Bucket,
         examples: EvalBatch,
-        versions: Mapping[str, nnx.State],
+        versions: Mapping[str, Trainable],
         frozen: Frozen,
         given: list[int],
     ) -> Iterator[tuple[tuple[str, int, int], Array]]:
@@ -152,7 +153,7 @@ class Evaluator:
 
 
 def eval_losses(
-    trainable: nnx.State,
+    trainable: Trainable,
     frozen: Frozen,
     batch: Batch,
     name_AB: UInt[Array, "A B"],

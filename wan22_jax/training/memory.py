@@ -27,9 +27,74 @@ class MemoryPlan(NamedTuple):
         blocks = f"{on_host} of {self.num_blocks} blocks in host memory"
         return f"{self.dtype} weights, {blocks}, activations: {kept}"
 
+    @property
+    def uses_host(self) -> bool:
+        """Whether it is host memory that may have run out."""
+        return self.blocks_to_swap > 0 or POLICIES[self.activation_checkpointing].on_host > 0
+
+    def remedies(self, *, loading: bool) -> list[str]:
+        """What to change next, from what costs the least time to what costs the most."""
+        if loading:
+            return [*_next_weights(self), "lower [adapter] rank"]
+        return _next_activations(self) or _next_weights(self)
+
+
+class FullPlan(NamedTuple):
+    """The same without an adapter, when all weights train; bytes are those of the whole model."""
+
+    weights: str  # "float32" or "bfloat16"
+    rounding: str | None  # of bfloat16 weights
+    offload_optimizer: bool
+    accumulates: bool  # over micro-batches
+    activation_checkpointing: bool | str
+    micro_batch: int
+    num_parameters: int
+    weight_bytes: int
+    gradient_bytes: int  # in the dtype that the model computes in
+    state_bytes: int  # of the optimizer
+
+    @property
+    def device_bytes(self) -> int:
+        """What lies on the device throughout, and the gradients; activations come on top."""
+        state = 0 if self.offload_optimizer else self.state_bytes
+        return self.weight_bytes + self.gradient_bytes + self.accumulator_bytes + state
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Of the float32 sum of the micro-batches' gradients."""
+        return 4 * self.num_parameters if self.accumulates else 0
+
+    def __str__(self) -> str:
+        rounding = f" ({self.rounding} rounding)" if self.rounding else ""
+        summed = f", their sum {_gb(self.accumulator_bytes)}" if self.accumulates else ""
+        where = " in host memory" if self.offload_optimizer else ""
+        return (
+            f"{self.num_parameters:,} weights train: {self.weights} weights{rounding} "
+            f"{_gb(self.weight_bytes)}, gradients {_gb(self.gradient_bytes)}{summed}, optimizer "
+            f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on the device, "
+            "activations on top"
+        )
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether it is host memory that may have run out."""
+        return self.offload_optimizer
+
+    def remedies(self, *, loading: bool) -> list[str]:
+        """What to change next, from what costs the least time to what costs the most."""
+        if not loading and self.activation_checkpointing is not True:
+            return ["set activation_checkpointing = true"]
+        if not self.offload_optimizer:
+            return ["set [full] offload_optimizer = true"]
+        if self.weights == "float32":
+            return ["set [full] weights = 'bfloat16'"]
+        if self.accumulates:
+            return ["set gradient_accumulation_steps = 1, which needs no sum of gradients"]
+        return ["train a LoRA: add [adapter] type = 'lora'"]
+
 
 @contextmanager
-def explain_exhaustion(plan: MemoryPlan, bucket: Bucket | None = None) -> Iterator[None]:
+def explain_exhaustion(plan: MemoryPlan | FullPlan, bucket: Bucket | None = None) -> Iterator[None]:
     """Turns JAX's error when memory runs out into one that names the next setting to try.
 
     Args:
@@ -45,17 +110,16 @@ def explain_exhaustion(plan: MemoryPlan, bucket: Bucket | None = None) -> Iterat
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if bucket is None:
-            remedies = [*_next_weights(plan), "lower [adapter] rank"]
+            remedies = plan.remedies(loading=True)
             where = "loading the model"
         else:
             remedies = [
-                *(_next_activations(plan) or _next_weights(plan)),
+                *plan.remedies(loading=False),
                 *(["lower micro_batch_size_per_gpu"] if plan.micro_batch > 1 else []),
                 "train on smaller resolutions or frame_buckets",
             ]
             where = f"at {bucket} ({bucket.num_tokens} tokens a clip)"
-        uses_host = plan.blocks_to_swap > 0 or POLICIES[plan.activation_checkpointing].on_host
-        what = "GPU memory, or pinned host memory," if uses_host else "GPU memory"
+        what = "GPU memory, or pinned host memory," if plan.uses_host else "GPU memory"
         raise BadInput(f"out of {what} {where}; {', or '.join(remedies)}") from error
 
 
@@ -71,3 +135,7 @@ def _next_weights(plan: MemoryPlan) -> list[str]:
     if plan.blocks_to_swap < plan.num_blocks:
         return [f"set blocks_to_swap = {plan.num_blocks}"]
     return []
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

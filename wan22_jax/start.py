@@ -1,0 +1,151 @@
+"""What is where, and in which precision, before the first step of a run?
+
+With an adapter, the model's weights are frozen and the adapter trains in float32. Without one all
+weights train: see ``training.full`` for what they are kept in, ``training.blockwise`` for where
+the optimizer's state lies.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Sharding
+
+from wan22_jax.adapter import add_adapter, start_from_existing
+from wan22_jax.config import TrainConfig
+from wan22_jax.full_config import FullConfig
+from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
+from wan22_jax.training.blockwise import BlockwiseOptimizer
+from wan22_jax.training.frozen import place_frozen
+from wan22_jax.training.full import describe_full, place_full, split_full
+from wan22_jax.training.memory import FullPlan, MemoryPlan
+from wan22_jax.training.rounding import round_to_bfloat16
+from wan22_jax.training.step import (
+    Frozen,
+    Optimizer,
+    TrainState,
+    init_state,
+    split_model,
+    start_ema,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Training(NamedTuple):
+    """What a train step is compiled from, and its first arguments."""
+
+    graphdef: nnx.GraphDef
+    optimizer: Optimizer
+    state: TrainState
+    frozen: Frozen
+
+
+def plan_memory(
+    config: TrainConfig, card: ModelCard, optimizer: Optimizer, *, dtype: str
+) -> MemoryPlan | FullPlan:
+    """Says what of the run takes memory, before any of it is there.
+
+    Args:
+        config: of the run.
+        card: of the model's folder.
+        optimizer: from ``choose_optimizer``.
+        dtype: of frozen weights.
+    """
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        return MemoryPlan(
+            dtype,
+            num_blocks=card.transformer.num_layers,
+            blocks_to_swap=config.blocks_to_swap,
+            activation_checkpointing=config.activation_checkpointing,
+            micro_batch=config.micro_batch,
+        )
+    full = config.full or FullConfig()
+    model = abstract_transformer(card.transformer, float8=False)
+    masters = describe_full(model, dtype=full.weights)
+    return FullPlan(
+        weights=full.weights,
+        rounding=full.weight_rounding,
+        offload_optimizer=full.offload_optimizer,
+        accumulates=config.gradient_accumulation_steps > 1,
+        activation_checkpointing=config.activation_checkpointing,
+        micro_batch=config.micro_batch,
+        num_parameters=sum(leaf.size for leaf in masters.values()),
+        weight_bytes=_count_bytes(masters),
+        gradient_bytes=_count_bytes(describe_full(model, dtype=config.model.dtype)),
+        state_bytes=_count_bytes(jax.eval_shape(optimizer.init, masters)),
+    )
+
+
+def choose_optimizer(config: TrainConfig, inner: optax.GradientTransformation) -> Optimizer:
+    """Returns the optimizer as it is for an adapter, else its form for all weights.
+
+    Args:
+        config: of the run.
+        inner: from ``make_optimizer``; without an adapter one that does not clip.
+    """
+    if config.adapter is not None:
+        return inner
+    full = config.full or FullConfig()
+    if full.weight_rounding is not None:
+        inner = round_to_bfloat16(inner, rounding=full.weight_rounding, seed=config.seed)
+    return BlockwiseOptimizer(inner, config.gradient_clipping, on_host=full.offload_optimizer)
+
+
+def start_training(
+    config: TrainConfig,
+    folder: Path,
+    optimizer: Optimizer,
+    *,
+    dtype: str,
+    key: jax.Array,
+    is_new: bool,
+    sharding: Sharding,
+) -> Training:
+    """Loads the model and makes the state before the first step.
+
+    Args:
+        config: of the run.
+        folder: of the model.
+        optimizer: from ``choose_optimizer``.
+        dtype: of frozen weights.
+        key: of the adapter's first values.
+        is_new: the run does not go on from a checkpoint.
+        sharding: of what is on the device.
+
+    Raises:
+        BadInput: the folder has not the weights that are wanted.
+    """
+    # Placing copies each block: from the host, so that no weight is on the device twice.
+    if isinstance(optimizer, BlockwiseOptimizer):
+        full = config.full or FullConfig()
+        model = load_transformer(folder, dtype=full.weights, host=True)
+        graphdef, weights, template = split_full(model, dtype=config.model.dtype)
+        del model
+        masters = place_full(weights, sharding, dtype=full.weights)
+        step = jax.device_put(jnp.zeros((), jnp.int32), sharding)
+        ema = start_ema(masters) if config.ema_decay > 0 else None
+        state = TrainState(step, masters, optimizer.place_state(masters, sharding), ema)
+        return Training(graphdef, optimizer, state, Frozen(jax.device_put(template, sharding)))
+    model = load_transformer(folder, dtype=dtype, host=True)
+    add_adapter(model, key, config.lora_targets)
+    if config.adapter and config.adapter.init_from_existing and is_new:
+        log.info("%s", start_from_existing(model, Path(config.adapter.init_from_existing)))
+    graphdef, trainable, frozen = split_model(model)
+    state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
+    state = jax.device_put(state, sharding)
+    placed = place_frozen(
+        frozen,
+        activation_checkpointing=config.activation_checkpointing,
+        blocks_to_swap=config.blocks_to_swap,
+        sharding=sharding,
+    )
+    return Training(graphdef, optimizer, state, jax.block_until_ready(placed))
+
+
+def _count_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
