@@ -10,7 +10,7 @@ SOURCES := wan22_jax convert tests benchmarks
 PYTEST_ARGS ?= -n 2 --dist loadfile
 GOLDEN := $(wildcard tests/golden/make_*.py)
 
-.PHONY: install demo test lint parity golden clean
+.PHONY: install demo test long lint parity golden clean
 
 install: $(VENV)/installed
 
@@ -24,7 +24,11 @@ demo: install
 	$(VENV)/bin/wan22-demo --out demo
 
 test: install
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not gpu and not parity" $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not gpu and not parity and not long" $(PYTEST_ARGS)
+
+# What takes minutes: kills at random moments, the benchmark of the loop, overfitting.
+long: install
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check $(SOURCES)

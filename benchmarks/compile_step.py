@@ -92,7 +92,7 @@ def main() -> None:
         sys.exit(2)
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to check
-    claim_gpu()
+    claim_gpu(counts_host=args.full is not None)
     os.environ["XLA_FLAGS"] += f" --xla_gpu_cuda_data_dir={cuda} --xla_gpu_autotune_level=0"
 
     lowered, trace_s = lower_step(args)

@@ -29,6 +29,7 @@ import numpy as np
 import tomli_w
 from random_model import TINY, add_step_arguments, make_model
 
+from wan22_jax import start
 from wan22_jax import train as train_command
 from wan22_jax.data.cache import CACHE_FOLDER, make_latents_key, make_text_key, name_encoders
 from wan22_jax.data.cache_writer import open_writer
@@ -229,9 +230,7 @@ def drive(
 
     train_command.compile_train_step = compile_watched
     train_command.read_model_card = lambda _: card
-    train_command.load_transformer = lambda *_, **__: make_model(
-        config, dtype=args.dtype, on_host=True
-    )
+    start.load_transformer = lambda *_, **__: make_model(config, dtype=args.dtype, on_host=True)
     Loader.iterate = iterate_timed
     # With its log lines, progress line, event file and status, as a user starts it.
     if code := train_command.main(["--config", str(folder / "lora.toml")]):

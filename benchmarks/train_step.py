@@ -56,7 +56,7 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event
 def main() -> None:
     args = parse_arguments()
     limit_memory(None if args.tiny else args.memory_gb)
-    claim_gpu()
+    claim_gpu(counts_host=args.full is not None)
     if args.dump:
         dump = f"--xla_dump_to={args.dump} --xla_dump_hlo_as_text"
         module = "--xla_dump_hlo_module_re=.*train_step.*"

@@ -43,6 +43,7 @@ def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
     assert "ms/step in all" in done.stdout
 
 
+@pytest.mark.long
 def test_the_loop_is_timed_against_the_bare_step():
     words = [sys.executable, str(BENCHMARKS / "loop.py"), "--tiny", "--steps", "12"]
     words += ["--dtype", "bfloat16"]

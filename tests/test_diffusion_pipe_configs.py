@@ -163,9 +163,6 @@ weight_decay = 0.01
 eps = 1e-8
 """
 
-# Schedules, save_dtype and full fine-tuning are refused until they are there, and with BadInput.
-refused_for_now = pytest.mark.xfail(raises=BadInput, strict=False)
-
 
 def run_unchanged(text: str) -> Path:
     Path("user.toml").write_text(text)
@@ -174,7 +171,6 @@ def run_unchanged(text: str) -> Path:
     return only_run()
 
 
-@refused_for_now
 @pytest.mark.usefixtures("here")
 def test_a_lora_with_evaluation(capsys):
     Path("eval.toml").write_text(DATASET)
@@ -195,7 +191,6 @@ def test_a_lora_with_evaluation(capsys):
     assert all(matrix.any() for matrix in trained.values())
 
 
-@refused_for_now
 @pytest.mark.usefixtures("here")
 def test_a_lora_on_float8_with_blocks_on_the_host(capsys):
     run_dir = run_unchanged(BLOCK_SWAP)
@@ -206,7 +201,6 @@ def test_a_lora_on_float8_with_blocks_on_the_host(capsys):
     assert all(np.isfinite(matrix).all() for matrix in read_trainable(run_dir)[0].values())
 
 
-@refused_for_now
 @pytest.mark.usefixtures("here")
 def test_full_fine_tuning():
     run_dir = run_unchanged(FULL)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from wan22_jax.batch import Batch
@@ -28,6 +29,7 @@ CONFIG = TransformerConfig(
 STEPS, EXAMPLES = 400, 8
 
 
+@pytest.mark.long
 def test_one_clip_is_overfitted():
     """Every step draws new noise, so that this is no memory of the noise.
 

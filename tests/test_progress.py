@@ -225,7 +225,7 @@ def test_an_epoch_loss_counts_the_steps_before_the_resume(tmp_path):
     sessions, _ = read_events(run_dir)
     assert [session.first_step for session in sessions] == [0, 4]
     assert [session.first_epoch for session in sessions] == [1, 2]
-    assert sessions[1].changes == ("lr None -> 0.0003",)
+    assert sessions[1].changes == ("lr None -> 0.0003", "optimizer.lr None -> 0.0003")
     assert tomllib.loads(sessions[1].config)["lr"] == 3e-4
 
 

@@ -176,7 +176,7 @@ def test_nor_in_float8_steps_of_two_micro_batches(policy, swap):
     """No block is swapped, or all are."""
     expected = take_step(False, 0).values
     assert all(np.abs(leaf).max() > 0 for leaf in expected)
-    assert len(expected) == 22
+    assert len(expected) == 25
     for got, want in zip(take_step(policy, swap).values, expected, strict=True):
         np.testing.assert_array_equal(got, want)
 

@@ -74,6 +74,7 @@ def test_a_run_that_stops_anywhere_ends_alike(whole):
     assert all((only_run() / name).is_file() for name in exports)
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_a_run_ends_alike():
     program = [sys.executable, str(Path(__file__).with_name("kill_run.py")), "--kills", "4"]
     done = subprocess.run(program, capture_output=True, text=True, check=False)

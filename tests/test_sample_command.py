@@ -191,7 +191,7 @@ def model(monkeypatch, tmp_path, transformer, vae):
             f"blocks.self_attn.v.{side}": rng.normal(size=shape).astype(np.float32)
             for side, shape in shapes.items()
         }
-        return Adapter(matrices, rank=3, alpha=6.0, metadata={}, source=str(path))
+        return Adapter(matrices, {"self_attn.v": 6.0}, metadata={}, source=str(path))
 
     def sample_latents(*arguments, **options):
         asked.sampled.append(options)

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from convert.weights import convert
-from wan22_jax import examples, run_folder, train
+from wan22_jax import examples, run_folder, start, train
 from wan22_jax.checkpoint import FOLDER, read_trainable
 from wan22_jax.config import load_config
 from wan22_jax.data.batching import make_batching
@@ -194,9 +194,9 @@ def test_each_setting_reaches_what_uses_it(monkeypatch):
         monkeypatch.setattr(module, name, recorded)
 
     record("make_loader", module=examples)
-    for name in ("load_transformer", "split_model", "make_optimizer"):
-        record(name)
-    record("place_frozen")
+    for name in ("load_transformer", "split_model", "place_frozen"):
+        record(name, module=start)
+    record("make_optimizer")
     record("make_schedule")
     record("compile_train_step", stop=True)
     settings = ["seed=7", "i2v_fraction=0.75", "activation_checkpointing=true", "warmup_steps=9"]
@@ -314,7 +314,7 @@ def test_what_saves_memory_trains_the_same(
     sizes = {name: Counter() for name in ("load_transformer", "place_frozen")}
 
     def watch(name: str) -> None:
-        real = getattr(train, name)
+        real = getattr(start, name)
 
         def watched(*args, **options):
             result = real(*args, **options)
@@ -323,7 +323,7 @@ def test_what_saves_memory_trains_the_same(
                 sizes[name]["numpy" if is_numpy else leaf.sharding.memory_kind] += leaf.size
             return result
 
-        monkeypatch.setattr(train, name, watched)
+        monkeypatch.setattr(start, name, watched)
 
     for name in sizes:
         watch(name)
@@ -358,7 +358,7 @@ def test_running_out_of_memory_names_the_next_setting(monkeypatch, capsys):
             "at 32x32x5 (2 tokens a clip); set activation_checkpointing = 'offload_attention'"
             in error
         )
-    monkeypatch.setattr(train, "place_frozen", fail)
+    monkeypatch.setattr(start, "place_frozen", fail)
     assert run("model.transformer_dtype=float8") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "out of GPU memory loading the model; set blocks_to_swap = 2" in error

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from wan22_jax.adapter_targets import TARGETS, LoRATarget, parse_targets
+from wan22_jax.adapter_targets import TARGETS, LoRATarget, parse_targets, trains_all
 from wan22_jax.checkpoint import read_trainable
 from wan22_jax.errors import BadInput
 from wan22_jax.model.lora import LoRAParam
@@ -274,7 +274,7 @@ def _read_file(path: Path) -> Adapter:
 
 def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
     matrices, meta = read_trainable(path, step, ema=ema)
-    if meta["targets"] is None:
+    if trains_all(meta):
         raise BadInput(
             f"{path}: holds all weights of a model, not a LoRA; make a model folder of it with "
             "wan22-export --model BASE --out FOLDER, and use that"

@@ -123,6 +123,11 @@ def describe_targets(targets: dict[str, LoRATarget]) -> dict[str, list[Any]]:
     return {name: [own.rank, own.alpha] for name, own in targets.items()}
 
 
+def trains_all(meta: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of a run without adapter, in which all weights train."""
+    return meta.get("targets", {}) is None
+
+
 def parse_targets(meta: dict[str, Any], names: Sequence[str]) -> dict[str, LoRATarget]:
     """Reads it back; ``names`` are those of a checkpoint from before there was a choice."""
     if "targets" not in meta:

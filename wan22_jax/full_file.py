@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from wan22_jax.adapter_targets import trains_all
 from wan22_jax.checkpoint import read_saved_meta, read_trainable
 from wan22_jax.errors import BadInput
 from wan22_jax.tensor_files import SafetensorsFiles
@@ -35,7 +36,7 @@ def read_full(
         BadInput: no such checkpoint, one of an adapter, or of another base model.
     """
     weights, meta = read_trainable(path, step, ema=ema)
-    if meta["targets"] is not None:
+    if not trains_all(meta):
         raise BadInput(f"{path}: holds a LoRA, not a whole model; see wan22-export --help")
     if base_digest not in (None, meta["base_digest"]):
         raise BadInput(
@@ -47,7 +48,7 @@ def read_full(
 
 def is_full(path: Path, step: int | None = None) -> bool:
     """Whether a run, or a checkpoint of one, is of a full fine-tuning."""
-    return path.is_dir() and read_saved_meta(path, step)["targets"] is None
+    return path.is_dir() and trains_all(read_saved_meta(path, step))
 
 
 def make_metadata(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -20,6 +20,7 @@ _XLA_FLAGS = {
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }
 _DETERMINISTIC = "xla_gpu_deterministic_ops"
+_PLANNED_MEMORY = "xla_gpu_memory_limit_slop_factor"  # percent of the GPU's
 
 
 def make_mesh() -> Mesh:
@@ -32,11 +33,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def claim_gpu(*, deterministic: bool = False) -> None:
+def claim_gpu(*, deterministic: bool = False, counts_host: bool = False) -> None:
     """Sets XLA up for a GPU that is ours alone; the user's own environment variables win.
 
     ``deterministic``: the same bits in every run, by kernels that add in a fixed order and are
-    not chosen by measuring them.
+    not chosen by measuring them. ``counts_host``: an optimizer's state may wait in host memory,
+    which XLA takes for the GPU's; it would spend minutes on computing again what fits.
 
     Before the first array is made. JAX would limit itself to three quarters of the memory;
     autotuning Triton GEMMs takes 20 s of the first train step for no faster a step (RESULTS.md);
@@ -47,6 +49,7 @@ def claim_gpu(*, deterministic: bool = False) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = _XLA_FLAGS | ({_DETERMINISTIC: "true"} if deterministic else {})
+    wanted |= {_PLANNED_MEMORY: "400"} if counts_host else {}
     for name, value in wanted.items():
         if name not in flags:
             flags = f"{flags} --{name}={value}"

@@ -108,7 +108,9 @@ def train(
             what was trained cannot be saved.
     """
     config = load_config(config_file, overrides)
-    claim_gpu(deterministic=config.deterministic)  # before anything starts JAX's backend
+    claim_gpu(  # before anything starts JAX's backend
+        deterministic=config.deterministic, counts_host=config.adapter is None
+    )
     keep_compiled()
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)
