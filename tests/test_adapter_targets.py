@@ -7,7 +7,6 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from convert.export import write_adapter
 from wan22_jax.adapter import (
     Adapter,
     add_adapter,
@@ -17,6 +16,7 @@ from wan22_jax.adapter import (
     start_from_existing,
     to_comfyui,
 )
+from wan22_jax.adapter_file import write_adapter
 from wan22_jax.adapter_targets import (
     TARGETS,
     AdapterConfig,

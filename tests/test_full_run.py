@@ -42,7 +42,7 @@ def test_what_a_full_fine_tuning_exports_is_what_it_trained(capsys):
     count = sum(array.size for array in weights.values())
     assert f"memory: {count:,} weights train: float32 weights" in said
     assert "in host memory" in said
-    assert (meta["rank"], meta["step"]) == (None, 2)
+    assert (meta["targets"], meta["step"]) == (None, 2)
     start = named(load_transformer(Path("model"), dtype="float32", host=True))
     assert weights.keys() == start.keys()
     assert all(np.any(weights[name] != start[name]) for name in weights)
