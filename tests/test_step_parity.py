@@ -144,5 +144,9 @@ def test_penalties_are_those_of_torch(scale):
     functional = torch.nn.functional
     huber = functional.huber_loss(given, zero, reduction="none", delta=scale)
     smooth = functional.smooth_l1_loss(given, zero, reduction="none", beta=scale)
-    np.testing.assert_allclose(Penalty("huber", scale)(error), huber.numpy(), rtol=2e-6)
-    np.testing.assert_allclose(Penalty("smooth_l1", scale)(error), smooth.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(
+        Penalty("huber", scale)(jnp.asarray(error)), huber.numpy(), rtol=2e-6
+    )
+    np.testing.assert_allclose(
+        Penalty("smooth_l1", scale)(jnp.asarray(error)), smooth.numpy(), rtol=2e-6
+    )
