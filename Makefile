@@ -26,7 +26,7 @@ demo: install
 test: install
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not gpu and not parity and not long" $(PYTEST_ARGS)
 
-# What takes minutes: kills at random moments, the benchmark of the loop, overfitting.
+# What takes long on a CPU: kills at random moments, the benchmark of the loop, overfitting, ...
 long: install
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
 

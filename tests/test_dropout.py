@@ -124,6 +124,7 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_blocks_that_are_computed_again_drop_the_same():
     model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))
     model.add_lora(jax.random.key(1), rank=2, alpha=6.0)

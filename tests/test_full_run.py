@@ -33,6 +33,7 @@ def named(model) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_what_a_full_fine_tuning_exports_is_what_it_trained(capsys):
     Path("full.toml").write_text(FULL)

@@ -228,6 +228,7 @@ def test_curves_that_a_full_disk_does_not_take_do_not_end_the_run(monkeypatch, c
     assert steps_of(only_run()) == [1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_loss_that_is_not_finite_ends_the_run_or_changes_nothing(capsys):
     assert run("dataset=broken.toml") == 2
