@@ -3,7 +3,6 @@
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import optax
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig
-from wan22_jax.resuming import Start
+from wan22_jax.resuming import Start, compare
 from wan22_jax.training.events import Curve, Session, read_events
 from wan22_jax.training.metrics import Plan, Progress
 from wan22_jax.training.wandb_log import WandbLog
@@ -86,20 +85,7 @@ def _list_rates(schedule: optax.Schedule, start: Start, total_steps: int) -> np.
 
 def list_changes(before: str, now: str) -> tuple[str, ...]:
     """Compares two TOML texts key by key: "optimizer.lr 0.1 -> 0.2"."""
-    old, new = (_flatten(tomllib.loads(text)) for text in (before, now))
-    return tuple(
-        f"{key} {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+    return tuple(compare(tomllib.loads(before), tomllib.loads(now)))
 
 
 def _open_wandb(config: TrainConfig, run_dir: Path) -> WandbLog | None:
