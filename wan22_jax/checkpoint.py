@@ -29,7 +29,7 @@ from flax import nnx
 
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.training.averages import average_of_arrays
-from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, find_optimizer
+from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, by_path, find_optimizer
 from wan22_jax.training.step import TrainState, start_ema
 
 VERSION = 2
@@ -382,7 +382,7 @@ def remove_checkpoint(folder: Path, step: int) -> None:
 def flatten_state(state: Any) -> dict[str, jax.Array]:
     """Maps an adapter, or any other tree, to path -> array."""
     if not isinstance(state, nnx.State):
-        return _flatten_tree(state)
+        return by_path(state)
     return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -405,9 +405,7 @@ def _rebuild(like: Any, arrays: dict[str, jax.Array]) -> Any:
         return nnx.from_flat_state(
             [(path, leaf.replace(arrays[_join(path)])) for path, leaf in nnx.to_flat_state(like)]
         )
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [arrays[name] for name in _flatten_tree(like)]
-    )
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_path(like)])
 
 
 def _check_fit(folder: Path, item: str, saved: dict[str, str], wanted: dict[str, str]) -> None:
@@ -458,8 +456,3 @@ def _remove_unfinished(folder: Path) -> None:
 
 def _join(path: tuple) -> str:
     return ".".join(map(str, path))
-
-
-def _flatten_tree(tree: Any) -> dict[str, jax.Array]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

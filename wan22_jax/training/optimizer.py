@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from wan22_jax.config import TrainConfig
-from wan22_jax.training.optimizer_options import Options, find_optimizer
+from wan22_jax.training.optimizer_options import Options, by_path, find_optimizer
 
 Tree = Any  # of arrays
 
@@ -98,12 +98,6 @@ def _by_path(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         ), state
 
     return optax.GradientTransformation(init, update)
-
-
-def by_path(tree: Tree) -> dict[str, Any]:
-    """Returns the leaves by their dotted paths, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _scale_by_path(ratios: Mapping[str, float]) -> optax.GradientTransformation:

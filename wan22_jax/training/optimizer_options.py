@@ -291,6 +291,12 @@ def refuse_keys(table: dict[str, Any]) -> str | None:
     return _GRADIENT_RELEASE if table.get("gradient_release") else None
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by their dotted paths, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def optimizer_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """What an optimizer has to report beside loss and gradient norm; scalars by name."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ProdigyState))
