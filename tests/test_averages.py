@@ -14,7 +14,6 @@ from wan22_jax.checkpoint import (
     open_checkpoints,
     read_trainable,
     restore_state,
-    save_state,
 )
 from wan22_jax.errors import BadInput
 from wan22_jax.model.flow import sigma_grid
@@ -68,7 +67,7 @@ def averaged(tmp_path_factory):
             )
             state, _ = step(state, frozen, batch, jax.random.key(3), jnp.asarray(sigma_grid()))
             history.append(host(state.trainable))
-        save_state(manager, state, META)
+        manager.save(state, META)
     return history, state, run_dir
 
 
@@ -99,7 +98,7 @@ def test_a_run_that_did_not_average_may_start_to(tmp_path):
     _, trainable, _ = make_parts()
     optimizer = make_optimizer(AdamW(), schedule=optax.constant_schedule(LR), gradient_clipping=0.0)
     with open_checkpoints(tmp_path) as manager:
-        save_state(manager, init_state(trainable, optimizer), META)
+        manager.save(init_state(trainable, optimizer), META)
     fresh = jax.tree.map(lambda leaf: leaf + 1, trainable)
     with open_checkpoints(tmp_path) as manager:
         again, _ = restore_state(manager, init_state(fresh, optimizer, ema_decay=0.5))
@@ -140,7 +139,7 @@ def test_a_schedule_free_run_evaluates_and_exports_its_average(tmp_path):
         meta = META | {"config": {"optimizer": {"type": "ScheduleFreeAdamW"}}}
         folder.mkdir()
         with open_checkpoints(folder) as manager:
-            save_state(manager, state, meta)
+            manager.save(state, meta)
         saved, _ = read_trainable(folder)
         for name, average in averages.items():
             np.testing.assert_allclose(saved[name], average, rtol=1e-6, atol=1e-8)

@@ -29,7 +29,7 @@ from wan22_jax.adapter import (
     to_comfyui,
 )
 from wan22_jax.adapter_file import write_adapter
-from wan22_jax.checkpoint import open_checkpoints, save_state
+from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.training.step import TrainState, split_model
@@ -106,7 +106,7 @@ def run_dir(trained: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -
         for step, factor in ((3, 0.0), (7, 1.0)):
             state = jax.tree.map(lambda x, factor=factor: x * factor, trainable)
             opt_state = optax.sgd(1.0, momentum=0.9).init(state)
-            save_state(manager, TrainState(jnp.int32(step), state, opt_state), meta)
+            manager.save(TrainState(jnp.int32(step), state, opt_state), meta)
     return run_dir
 
 

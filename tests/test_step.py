@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from wan22_jax.batch import Batch
-from wan22_jax.checkpoint import flatten_state, open_checkpoints, restore_state, save_state
+from wan22_jax.checkpoint import flatten_state, open_checkpoints, restore_state
 from wan22_jax.model.flow import SQUARED, sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.sharding import make_mesh, replicated
@@ -204,7 +204,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
         state, _ = step(state, frozen, make_batch(seed), SEED, GRID)
         if seed == 2:
             with open_checkpoints(tmp_path) as manager:
-                save_state(manager, state, {"note": "half way"})
+                manager.save(state, {"note": "half way"})
     make_state, frozen, step = make_step.__wrapped__()
     again = make_state()
     with open_checkpoints(tmp_path) as manager:

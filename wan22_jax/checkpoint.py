@@ -35,7 +35,7 @@ from wan22_jax.training.step import TrainState, start_ema
 VERSION = 2
 FOLDER = "checkpoints"
 _META = "meta.json"
-_UNFINISHED, _REMOVED, _DAMAGED = ".unfinished", ".removed", ".damaged"
+_UNFINISHED, _REMOVED = ".unfinished", ".removed"
 _SPARE_BYTES = 2**20  # for metadata, and for the logs until the next checkpoint
 FULL_DISK_REMEDY = (
     "free some space, then go on from the last complete checkpoint with --resume_from_checkpoint"
@@ -199,11 +199,6 @@ def open_checkpoints(run_dir: Path) -> Iterator[Checkpoints]:
         checkpoints.close()
         _remove_unfinished(folder)
         os.close(lock)
-
-
-def save_state(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts saving, see ``Checkpoints.save``."""
-    checkpoints.save(state, meta)
 
 
 def restore_state(

@@ -44,12 +44,11 @@ def open_progress(
     """
     earlier, curves = read_events(run_dir)
     text = dump_config(config)
-    per_step = config.micro_batch * config.gradient_accumulation_steps
     session = Session(
         started_at=time.time(),
         first_step=start.step,
         first_epoch=(start.step + start.data_offset) // steps_per_epoch + 1,
-        examples_per_step=per_step if config.x_axis_examples else 0,
+        examples_per_step=config.global_batch if config.x_axis_examples else 0,
         changes=list_changes(earlier[-1].config, text) if earlier else (),
         config=text,
     )

@@ -128,9 +128,7 @@ def train(
     eval_sets = open_eval_sets(config, card)
     for name, examples in eval_sets.items():
         log.info("evaluation set %s: %d examples", name, len(examples))
-    cadence = Cadence(
-        config, examples_per_step=config.micro_batch * config.gradient_accumulation_steps
-    )
+    cadence = Cadence(config, examples_per_step=config.global_batch)
     retention = make_retention(config)
     meta = describe_run(config, card, loader)
     run = open_run(config, config_file, resume=resume, meta=meta, reset=reset)

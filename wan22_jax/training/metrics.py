@@ -100,7 +100,6 @@ class Progress:
         )
         self._pending: StepReport | None = None
         self._pushed_at: float | None = None
-        self._step_s: float | None = None
         self._losses = _Losses()
         self._epoch_losses = list(epoch_losses)
         self._status = Status(
