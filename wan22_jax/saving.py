@@ -114,9 +114,11 @@ class Saver:
 
     def improves(self, eval_loss: float) -> bool:
         """Whether the best checkpoint is to stay and this loss is below those of all of them."""
+        if not self._retention.best:
+            return False
         self._settle(self._checkpoints.wait)  # one that is under way counts
         known = [loss for loss in self._read_losses().values() if loss is not None]
-        return self._retention.best and eval_loss < min(known, default=math.inf)
+        return eval_loss < min(known, default=math.inf)
 
     def export(self, state: TrainState, name: str) -> None:
         """Writes the adapter and the config to a folder of the run, in place of one so called."""
