@@ -5,13 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from tiny_run import STEPS_PER_EPOCH, digest_state, prepare
+from tiny_run import STEPS_PER_EPOCH, digest_state, keep_programs, prepare
 
 from wan22_jax import train
 from wan22_jax.checkpoint import FOLDER, find_damage, list_steps
@@ -23,12 +21,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     """Model, cache and configs; what is compiled is kept beside them."""
     folder = tmp_path_factory.mktemp("tiny")
     prepare(folder)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the small programs too
-    yield folder
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    with keep_programs(tmp_path_factory.mktemp("compiled")):
+        yield folder
 
 
 @pytest.fixture

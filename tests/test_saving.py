@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.experimental.compilation_cache import compilation_cache
-from tiny_run import DATASET, STEPS_PER_EPOCH, digest_state, prepare, write_cache
+from tiny_run import DATASET, STEPS_PER_EPOCH, digest_state, keep_programs, prepare, write_cache
 
 from wan22_jax import train
 from wan22_jax.adapter import load_adapter
@@ -35,12 +33,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     prepare(folder)
     write_cache(folder / "broken", read_model_card(folder / "model").digests, broken=BROKEN)
     (folder / "broken.toml").write_text(DATASET.replace("'clips'", "'broken'"))
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the small programs too
-    yield folder
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    with keep_programs(tmp_path_factory.mktemp("compiled")):
+        yield folder
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """A run that takes seconds on the CPU: a tiny model, random latents, two buckets, captions."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.compilation_cache import compilation_cache
 
 from convert.weights import convert
 from wan22_jax.checkpoint import FOLDER, list_steps
@@ -34,6 +37,17 @@ lr = 1e-2
 """
 STEPS_PER_EPOCH = 4  # two of each bucket; a clip of the first is left out
 DATASET = f"size_buckets = {[list(bucket) for bucket in BUCKETS]}\n[[directory]]\npath = 'clips'\n"
+
+
+@contextmanager
+def keep_programs(folder: Path) -> Iterator[None]:
+    """Has JAX keep what it compiles in a folder, however small, inside of this context."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def prepare(folder: Path) -> None:
