@@ -76,28 +76,13 @@ def export_adapter(
 
 
 def _run(args: argparse.Namespace) -> None:
+    shared = {name: getattr(args, name) for name in ("step", "ema", "dtype", "overwrite")}
     if is_full(args.checkpoint, args.step):
-        line = export_full(
-            args.checkpoint,
-            args.out,
-            step=args.step,
-            ema=args.ema,
-            dtype=args.dtype,
-            model=args.model,
-            overwrite=args.overwrite,
-        )
+        line = export_full(args.checkpoint, args.out, model=args.model, **shared)
         sys.stdout.write(f"{line}\n")
         return
     base_digest = read_model_card(args.model).digests["transformer"] if args.model else None
-    adapter = export_adapter(
-        args.checkpoint,
-        args.out,
-        step=args.step,
-        ema=args.ema,
-        dtype=args.dtype,
-        base_digest=base_digest,
-        overwrite=args.overwrite,
-    )
+    adapter = export_adapter(args.checkpoint, args.out, base_digest=base_digest, **shared)
     tensors = to_comfyui(adapter)
     dtype = next(iter(adapter.matrices.values())).dtype
     sys.stdout.write(
