@@ -30,6 +30,7 @@ LAYERS = [
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
     | {"wan22_jax.data.captions", "wan22_jax.data.probed"},
     {
+        "wan22_jax.data.thumbnail",
         "wan22_jax.data.buckets",
         "wan22_jax.data.batching",
         "wan22_jax.data.index",

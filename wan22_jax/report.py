@@ -1,19 +1,14 @@
 """How does a run look in a browser? One HTML file that needs no other and no network."""
 
-import base64
 import html
-import io
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from wan22_jax.charts import STYLE as CHART_STYLE
 from wan22_jax.charts import Line, draw_chart, format_value
-from wan22_jax.data.video import IMAGE_SUFFIXES, probe, read_clip
+from wan22_jax.data.thumbnail import make_thumbnail
+from wan22_jax.data.video import IMAGE_SUFFIXES, probe
 from wan22_jax.errors import BadInput
-from wan22_jax.geometry import Bucket
 from wan22_jax.run_summary import RunSummary, Saved, describe_state, digest_config, format_bytes
 from wan22_jax.training.events import EPOCH_LOSS, Curve
 from wan22_jax.training.metrics import NUM_DECILES, TASKS, format_duration, name_decile
@@ -242,14 +237,10 @@ def _read_picture(path: Path) -> str:
     """Returns a picture, or the first frame of a clip, as a data: URI; "" if it is neither."""
     try:
         info = probe(path)
-        scale = min(1.0, SAMPLE_PX / max(info.width_px, info.height_px))
-        width_px, height_px = (max(1, round(x * scale)) for x in (info.width_px, info.height_px))
-        (pixels_YX3,) = read_clip(path, info, Bucket(width_px, height_px, 1))
+        longest_px = min(SAMPLE_PX, max(info.width_px, info.height_px))
+        return make_thumbnail(path, info, longest_px=longest_px, quality=82)
     except BadInput:  # a prompt's text file, or a clip that is being written
         return ""
-    jpeg = io.BytesIO()
-    Image.fromarray(np.asarray(pixels_YX3)).save(jpeg, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
 def _write_saved(run: RunSummary) -> str:

@@ -4,19 +4,15 @@ Thumbnails are data: URIs. There is one for each of the first files of a bucket 
 only, and the list of files ends somewhere, so that a page of a million files still opens.
 """
 
-import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from PIL import Image
-
 from wan22_jax.data.survey import Outcome
-from wan22_jax.data.video import read_clip
+from wan22_jax.data.thumbnail import make_thumbnail
 from wan22_jax.errors import BadInput
-from wan22_jax.geometry import FPS, Bucket
+from wan22_jax.geometry import FPS
 
 ROWS_PER_VERDICT = 5000
 THUMBNAILS = 24  # per bucket, and per verdict of what is left out
@@ -154,12 +150,7 @@ def _make_thumbnail(outcome: Outcome) -> str:
     info = outcome.info
     if info is None or info.frames_24 < 1:
         return ""
-    scale = THUMBNAIL_PX / max(info.width_px, info.height_px)
-    width_px, height_px = (max(round(x * scale), 1) for x in (info.width_px, info.height_px))
     try:
-        (pixels_YX3,) = read_clip(outcome.path, info, Bucket(width_px, height_px, 1))
+        return make_thumbnail(outcome.path, info, longest_px=THUMBNAIL_PX, quality=70)
     except BadInput:  # nothing to show; the file has its reason, or caching will name it
         return ""
-    jpeg = io.BytesIO()
-    Image.fromarray(pixels_YX3).save(jpeg, "JPEG", quality=70)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
