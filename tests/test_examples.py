@@ -54,7 +54,7 @@ def test_a_described_step_is_the_one_that_is_trained(tmp_path, monkeypatch, numb
 
     seen = []
 
-    def record(trainable, _frozen, latents, text, draws, _mask, **_):
+    def record(trainable, _frozen, latents, text, draws, *_, **__):
         seen.append((latents, text, draws))
         return jnp.sum(trainable["x"][...]), jnp.zeros(2)
 
