@@ -12,11 +12,12 @@ too, and all arithmetic in float32:
 The random bits are a function of (seed, step, name of the weight, position in it) alone.
 """
 
-import zlib
+import hashlib
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Rounding = Literal["stochastic", "kahan"]
@@ -61,7 +62,7 @@ def round_to_bfloat16(
         return RoundedState(jnp.zeros((), jnp.int32), state, lost)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        words = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), state.step))
         narrow = _narrow_paths(params)
         to_wide = lambda leaf: leaf.astype(jnp.float32)  # noqa: E731
         wide_state = jax.tree.map(
@@ -72,7 +73,7 @@ def round_to_bfloat16(
         )
         new_inner = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
-                round_stochastically(leaf, _fold_in_path(key, path))
+                round_stochastically(leaf, _salt(words, path))
                 if _state_dtype(path, leaf, narrow) == jnp.bfloat16
                 else leaf
             ),
@@ -85,8 +86,8 @@ def round_to_bfloat16(
                 return update, lost
             weight = to_wide(weight)
             if rounding == "stochastic":
-                key_of = _fold_in_path(key, path)
-                return to_wide(round_stochastically(weight + update, key_of)) - weight, lost
+                rounded = round_stochastically(weight + update, _salt(words, path))
+                return to_wide(rounded) - weight, lost
             update = update + to_wide(lost)
             # Not a cast and back, which XLA may leave out.
             moved = jax.lax.reduce_precision(weight + update, 8, 7) - weight
@@ -103,24 +104,24 @@ def round_to_bfloat16(
     return optax.GradientTransformation(init, update)
 
 
-def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+def round_stochastically(x: jax.Array, words: jax.Array) -> jax.Array:
     """Rounds float32 to bfloat16, up or down, so that the expected value is x.
 
-    The 16 bits below bfloat16's are compared with random ones: their sum carries with the
-    probability that they stand for. Infinity stays infinity and NaN stays NaN.
+    The 16 bits below bfloat16's are compared with random ones, made from two uint32 ``words``:
+    their sum carries with the probability that they stand for. Infinity stays infinity and NaN
+    stays NaN.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    carried = (bits + (_hash_bits(x.shape, key) >> 16)) & jnp.uint32(0xFFFF0000)
+    carried = (bits + (_hash_bits(x.shape, words) >> 16)) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(carried, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def _hash_bits(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+def _hash_bits(shape: tuple[int, ...], words: jax.Array) -> jax.Array:
     """32 random bits an element: MurmurHash3's finalizer on its position, twice.
 
     JAX's own generator would write its bits to memory; these are computed where they are used.
     """
-    words = jax.random.key_data(key)
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in range(len(shape) - 1, -1, -1):
@@ -135,8 +136,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _fold_in_path(key: jax.Array, path: tuple) -> jax.Array:
-    return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+def _salt(words: jax.Array, path: tuple) -> jax.Array:
+    # Not jax.random.fold_in, whose hundred operations XLA would compile for each of 2,500 arrays.
+    digest = hashlib.blake2b(jax.tree_util.keystr(path).encode(), digest_size=8).digest()
+    return words ^ np.frombuffer(digest, "<u4")
 
 
 def _narrow_paths(params: Any) -> list[tuple]:
