@@ -17,7 +17,6 @@ from jax.sharding import Sharding
 
 from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.config import TrainConfig
-from wan22_jax.errors import BadInput
 from wan22_jax.full_config import FullConfig
 from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
@@ -132,11 +131,6 @@ def start_training(
         ema = start_ema(masters) if config.ema_decay > 0 else None
         state = TrainState(step, masters, optimizer.place_state(masters, sharding), ema)
         return Training(graphdef, optimizer, state, Frozen(jax.device_put(template, sharding)))
-    if dtype == "float8" and config.adapter and config.adapter.dropout > 0:
-        raise BadInput(
-            f"[adapter] dropout = {config.adapter.dropout} on float8 weights is not supported by "
-            "this version yet; set dropout = 0 or [model] transformer_dtype = 'bfloat16'"
-        )
     model = load_transformer(folder, dtype=dtype, host=True)
     add_adapter(model, key, config.lora_targets)
     if config.adapter and config.adapter.init_from_existing and is_new:
