@@ -83,7 +83,9 @@ def digest_state(run_dir: Path, step: int | None = None) -> tuple[int, str]:
     folder = run_dir / FOLDER
     step = max(list_steps(folder)) if step is None else step
     digests = []
-    for item in ("trainable", "opt_state"):
+    for item in ("trainable", "opt_state", "ema"):
+        if not (folder / str(step) / item).exists():
+            continue
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             digests.append(hash_arrays(checkpointer.restore(folder.absolute() / str(step) / item)))
     return step, " ".join(digests)

@@ -3,7 +3,7 @@
 A run folder is named after the time, in UTC, at which the run started::
 
     <output_dir>/20261122_19-53-16/
-      <config>.toml  <dataset>.toml   as the run started
+      <config>.toml  <dataset>.toml   as the run started, with the data sets of evaluation
       epochN/  stepN/                 exported adapters, each with the config
       checkpoints/<step>/             training state
       events.out.tfevents.*           curves
@@ -80,7 +80,9 @@ def open_run(
             )
         folder, start = make_run_dir(output_dir), Start()
         (folder / config_file.name).write_text(dump_config(config), "utf-8")
-        shutil.copy(config.dataset, folder)
+        for name, file in {"train": Path(config.dataset), **config.eval_sets}.items():
+            is_taken = (folder / file.name).exists()
+            shutil.copy(file, folder / (f"{name}_{file.name}" if is_taken else file.name))
     else:
         folder = find_run(output_dir, resume if isinstance(resume, str) else None)
         saved = choose_checkpoint(folder)
