@@ -122,8 +122,8 @@ def test_the_feed_forward_with_next_to_no_dropout_is_the_one_without(float8):
     )
     # The adapters' product is rounded to bfloat16 before it is added, and e5m2 has two bits.
     tolerance = 0.05 if float8 else 1e-5
-    for a, b, c in zip(plain, almost, much, strict=True):
-        a, b, c = (np.asarray(each, np.float32) for each in (a, b, c))
+    for leaves in zip(plain, almost, much, strict=True):
+        a, b, c = (np.asarray(leaf, np.float32) for leaf in leaves)
         assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(a)
         assert np.linalg.norm(a - c) > 0.2 * np.linalg.norm(a)
 

@@ -95,8 +95,8 @@ def test_targets_dropout_averages_and_a_lora_to_start_from(capsys):
         assert export.main(["--checkpoint", str(run_dir), "--out", str(out), *flags]) == 0
     adapter = load_adapter(raw)
     attention = [f"{part}_attn.{name}" for part in ("self", "cross") for name in "qkv"]
-    assert adapter.ranks == {name: 3 for name in attention} | {"ffn.0": 2, "ffn.2": 2}
-    assert adapter.alphas == {name: 3.0 for name in attention} | {"ffn.0": 6.0, "ffn.2": 6.0}
+    assert adapter.ranks == dict.fromkeys(attention, 3) | {"ffn.0": 2, "ffn.2": 2}
+    assert adapter.alphas == dict.fromkeys(attention, 3.0) | {"ffn.0": 6.0, "ffn.2": 6.0}
     assert any(np.any(load_adapter(average).matrices[name] != adapter.matrices[name])
                for name in adapter.matrices)  # fmt: skip
     # Lion moves every number by its learning rate, at most: those of q, k and v have another one.
