@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.export_full import export_full
-from wan22_jax.adapter import Adapter, load_adapter, to_comfyui
+from wan22_jax.adapter import Adapter, load_adapter, to_tensors
 from wan22_jax.adapter_file import write_proven
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.full_file import is_full
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     base_digest = read_model_card(args.model).digests["transformer"] if args.model else None
     adapter = export_adapter(args.checkpoint, args.out, base_digest=base_digest, **shared)
-    tensors = to_comfyui(adapter)
+    tensors = to_tensors(adapter)
     dtype = next(iter(adapter.matrices.values())).dtype
     sys.stdout.write(
         f"wrote {args.out}: {len(tensors)} tensors, {dtype}, {adapter}, "

@@ -1,6 +1,7 @@
 """Adapters in and out: alpha is never the rank and B never zero, so a lost scale would show."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -24,13 +25,14 @@ from wan22_jax.adapter import (
     TARGETS,
     Adapter,
     attach_adapter,
-    from_comfyui,
+    from_tensors,
     load_adapter,
-    to_comfyui,
+    to_tensors,
 )
 from wan22_jax.adapter_file import write_adapter
 from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.errors import BadInput
+from wan22_jax.lora_names import Dialect
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.training.step import TrainState, split_model
 from wan22_jax.weights import is_stacked, official_names, transformer_names
@@ -112,7 +114,7 @@ def run_dir(trained: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_names_are_the_600_of_comfyui():
     matrices = make_matrices(dim=2, ffn_dim=3, num_layers=30, rank=1)
-    tensors = to_comfyui(Adapter(matrices, dict.fromkeys(TARGETS, 1.0), {}, source="mine"))
+    tensors = to_tensors(Adapter(matrices, dict.fromkeys(TARGETS, 1.0), {}, source="mine"))
     attention = [f"{a}.{n}" for a in ("self_attn", "cross_attn") for n in ("q", "k", "v", "o")]
     assert set(tensors) == {
         f"diffusion_model.blocks.{layer}.{target}.lora_{side}.weight"
@@ -131,7 +133,7 @@ def test_targets_are_the_linears_of_the_blocks(model: WanTransformer):
 
 def test_alpha_is_written_exactly_when_it_is_not_the_rank():
     def alphas(adapter: Adapter) -> dict[str, np.ndarray]:
-        return {name: a for name, a in to_comfyui(adapter).items() if name.endswith(".alpha")}
+        return {name: a for name, a in to_tensors(adapter).items() if name.endswith(".alpha")}
 
     assert not alphas(make_adapter(alphas=dict.fromkeys(TARGETS, float(RANK))))
     written = alphas(make_adapter())
@@ -144,7 +146,7 @@ def test_alpha_is_written_exactly_when_it_is_not_the_rank():
 @pytest.mark.parametrize("alpha", [ALPHA, float(RANK)])
 def test_names_are_a_bijection(alpha: float):
     adapter = make_adapter(alphas=dict.fromkeys(TARGETS, alpha))
-    back = from_comfyui(to_comfyui(adapter), metadata=adapter.metadata, source="file")
+    back = from_tensors(to_tensors(adapter), metadata=adapter.metadata, source="file")
     assert (back.ranks, back.alphas) == (dict.fromkeys(TARGETS, RANK), adapter.alphas)
     assert back.metadata == {"format": "pt"}
     assert back.matrices.keys() == adapter.matrices.keys()
@@ -209,6 +211,9 @@ def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
     metadata = load_adapter(out).metadata
     config = json.loads(metadata.pop("config"))
     assert config["adapter"]["dtype"] == "float16"
+    toml = b'[adapter]\ndtype = "float16"\nrank = 4\n'
+    assert metadata.pop("config_digest") == hashlib.sha256(toml).hexdigest()
+    assert json.loads(metadata.pop("targets")) == sorted(TARGETS)
     assert metadata == {
         "format": "pt",
         "base_model": "Wan2.2-TI2V-5B",
@@ -270,8 +275,8 @@ def test_values_that_do_not_fit_the_dtype_are_refused(
 def test_a_file_that_reads_back_differently_is_not_kept(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def write_flipped(adapter: Adapter, path: Path) -> None:
-        write_adapter(adapter, path)
+    def write_flipped(adapter: Adapter, path: Path, dialect: Dialect) -> None:
+        write_adapter(adapter, path, dialect)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
@@ -331,13 +336,17 @@ Q0 = "diffusion_model.blocks.0.self_attn.q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop(f"{Q0}.lora_B.weight"), rf"incomplete.*missing: {Q0}\.lora_B\.weight$"),
-        (drop(f"{Q0}.alpha"), rf"missing: {Q0}\.alpha$"),
+        (drop(f"{Q0}.lora_B.weight"), r"incomplete.*missing: blocks\.0\.self_attn\.q\.lora_B$"),
+        (drop(f"{Q0}.alpha"), r"missing: blocks\.0\.self_attn\.q\.alpha$"),
         (put("diffusion_model.blocks.3.ffn.0.lora_A.weight", 4, 24), "missing: .* and 21 more"),
         (put("diffusion_model.blocks.00.ffn.0.alpha"), r"unknown: diffusion_model\.blocks\.00\."),
-        (put("lora_unet_blocks_0_self_attn_q.alpha"), r"self_attn\.q\.alpha of layer 0 under two"),
+        (put("lora_unet_blocks_0_self_attn_q.alpha"), "of two makers, .* and lora_unet_blocks_0_self"),
         (put("lora_unet_blocks_0_attn1_q.alpha"), "unknown: lora_unet_blocks_0_attn1_q"),
         (put("diffusion_model.head.head.lora_A.weight"), r"unknown: diffusion_model\.head\.head"),
+        (
+            put("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", 4, 5120),
+            r"of Wan2\.1 or Wan2\.2 14B, .*unknown: .*k_img\.lora_A\.weight \[4, 5120\]",
+        ),
         (put(f"{Q0}.lora_A.weight", 5, 24), r"self_attn\.q\.lora_A: matrices alike"),
         (put(f"{Q0}.alpha", value=7), r"one alpha.*of self_attn\.q .*\[6\.0, 7\.0\]"),
         (put(f"{Q0}.lora_B.weight"), r"self_attn\.q\.lora_B: matrices alike"),
@@ -345,7 +354,7 @@ Q0 = "diffusion_model.blocks.0.self_attn.q"
     ],
 )
 def test_strange_files_are_refused_by_name(change, message: str, tmp_path: Path):
-    tensors = to_comfyui(make_adapter())
+    tensors = to_tensors(make_adapter())
     change(tensors)
     path = tmp_path / "strange.safetensors"
     safetensors.numpy.save_file(tensors, path)

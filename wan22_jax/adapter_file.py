@@ -12,17 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from wan22_jax.adapter import Adapter, load_adapter, to_comfyui
+from wan22_jax.adapter import Adapter, load_adapter, to_header, to_tensors
 from wan22_jax.errors import BadInput
+from wan22_jax.lora_names import Dialect
 
 
-def write_proven(trained: Adapter, out: Path, *, dtype: str | None = None) -> Adapter:
+def write_proven(
+    trained: Adapter, out: Path, *, dtype: str | None = None, dialect: Dialect = "comfyui"
+) -> Adapter:
     """Writes a LoRA to a safetensors file, in place of any of that name; returns it as read back.
 
     Args:
         trained: float32 as trained, with the metadata of its run.
         out: the file; its folder is made if need be.
         dtype: 'bfloat16', 'float16' or 'float32'; by default what the run's config says.
+        dialect: of the names in it.
 
     Raises:
         BadInput: values that the dtype cannot hold, or the file differs when read back.
@@ -31,7 +35,7 @@ def write_proven(trained: Adapter, out: Path, *, dtype: str | None = None) -> Ad
     adapter = _cast(trained, dtype or configured_dtype(trained), source=trained.source)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        write_adapter(adapter, partial)
+        write_adapter(adapter, partial, dialect)
         exported = load_adapter(partial)
         _check_equal(exported, adapter, source=str(out))
         partial.replace(out)
@@ -40,10 +44,12 @@ def write_proven(trained: Adapter, out: Path, *, dtype: str | None = None) -> Ad
     return exported
 
 
-def write_adapter(adapter: Adapter, path: Path) -> None:
-    """Writes a safetensors file with ComfyUI's names and the adapter's metadata."""
+def write_adapter(adapter: Adapter, path: Path, dialect: Dialect = "comfyui") -> None:
+    """Writes a safetensors file with a dialect's names and the adapter's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = safetensors.numpy.save(to_comfyui(adapter), metadata=adapter.metadata)
+    content = safetensors.numpy.save(
+        to_tensors(adapter, dialect), metadata=to_header(adapter, dialect)
+    )
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -72,7 +78,7 @@ def configured_dtype(adapter: Adapter) -> str:
 
 
 def _check_equal(read: Adapter, written: Adapter, *, source: str) -> None:
-    read_tensors, written_tensors = to_comfyui(read), to_comfyui(written)
+    read_tensors, written_tensors = to_tensors(read), to_tensors(written)
     wrong = {
         name
         for name in read_tensors.keys() | written_tensors.keys()
