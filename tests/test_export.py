@@ -226,10 +226,10 @@ def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
 
 
 def test_export_of_a_chosen_step(run_dir: Path, tmp_path: Path):
-    chosen = export_adapter(run_dir, tmp_path / "a.safetensors", step=3)
+    chosen = export_adapter(run_dir, tmp_path / "a.safetensors", step=3).adapter
     assert chosen.metadata["step"] == "3"
     assert not any(matrix.any() for matrix in chosen.matrices.values())
-    newest = export_adapter(run_dir / "checkpoints" / "7", tmp_path / "b.safetensors")
+    newest = export_adapter(run_dir / "checkpoints" / "7", tmp_path / "b.safetensors").adapter
     assert newest.metadata["step"] == "7"
     assert all(matrix.any() for matrix in newest.matrices.values())
 
@@ -340,7 +340,10 @@ Q0 = "diffusion_model.blocks.0.self_attn.q"
         (drop(f"{Q0}.alpha"), r"missing: blocks\.0\.self_attn\.q\.alpha$"),
         (put("diffusion_model.blocks.3.ffn.0.lora_A.weight", 4, 24), "missing: .* and 21 more"),
         (put("diffusion_model.blocks.00.ffn.0.alpha"), r"unknown: diffusion_model\.blocks\.00\."),
-        (put("lora_unet_blocks_0_self_attn_q.alpha"), "of two makers, .* and lora_unet_blocks_0_self"),
+        (
+            put("lora_unet_blocks_0_self_attn_q.alpha"),
+            "of two makers, .* and lora_unet_blocks_0_self",
+        ),
         (put("lora_unet_blocks_0_attn1_q.alpha"), "unknown: lora_unet_blocks_0_attn1_q"),
         (put("diffusion_model.head.head.lora_A.weight"), r"unknown: diffusion_model\.head\.head"),
         (

@@ -74,7 +74,7 @@ LAYERS = [
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.checkpoints"},
     {"convert.weights"},
-    {"convert.export_full"},
+    {"convert.whole_model"},
     {"convert.export"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -355,7 +355,7 @@ def _sort_by_target(tensors: Mapping[str, np.ndarray], source: str) -> tuple[_La
             raise BadInput(
                 f"{source}: holds names of two makers, {first} and {name}; keep one LoRA a file"
             )
-        spelling = Spelling(*(a or b for a, b in zip(spelling, other, strict=True)))
+        spelling = spelling.join(other)
         of_layer = layers.setdefault(entry.target, {}).setdefault(entry.layer, {})
         of_layer[entry.kind] = tensors[name]
     return layers, spelling

@@ -56,6 +56,10 @@ class Spelling(NamedTuple):
         """Whether one file may hold names of both."""
         return all(a is None or b is None or a == b for a, b in zip(self, other, strict=True))
 
+    def join(self, other: "Spelling") -> "Spelling":
+        """What both say together."""
+        return self._replace(sides=self.sides or other.sides, end=self.end or other.end)
+
 
 def spell_name(dialect: Dialect, entry: Entry) -> str:
     """Returns the name that we write; an alpha has none in Diffusers' dialect (KeyError)."""

@@ -7,7 +7,7 @@ is read is in memory.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ from wan22_jax.model_folder import abstract_transformer, open_array, read_model_
 from wan22_jax.weights import is_stacked, official_names, scale_of, stacked_shapes
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """Tensors by official name, read when asked."""
 

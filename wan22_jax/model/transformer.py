@@ -176,6 +176,7 @@ class WanTransformer(nnx.Module):
             layer.to_float8()
 
     def embed_text(self, text_BSE: jax.Array) -> jax.Array:
+        """Maps text embeddings to [B, text_len, D], as the cross-attention takes them."""
         # The zero rows go through the MLP and become a constant that every query attends to.
         padding = self.config.text_len - text_BSE.shape[1]
         text_BSE = jnp.pad(text_BSE, ((0, 0), (0, padding), (0, 0)))
@@ -183,6 +184,7 @@ class WanTransformer(nnx.Module):
         return self.text_embedding["2"](hidden_BSD)
 
     def embed_time(self, sigma_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the embedding [B, T, D] of the noise levels and their modulation [B, T, 6, D]."""
         wave_BTF = sinusoid(1000 * sigma_BT, self.config.freq_dim)
         time_BTD = self.time_embedding["2"](jax.nn.silu(self.time_embedding["0"](wave_BTF)))
         time_BT6D = self.time_projection["1"](jax.nn.silu(time_BTD))
