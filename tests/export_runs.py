@@ -46,13 +46,15 @@ def write_lora_run(run_dir: Path, model: Path, *, seed: int = 0, ckpt_path: Path
     return adapter
 
 
-def write_full_run(run_dir: Path, model: Path, *, ckpt_path: Path) -> dict[str, np.ndarray]:
+def write_full_run(
+    run_dir: Path, model: Path, *, ckpt_path: Path, noise: float = 0.02
+) -> dict[str, np.ndarray]:
     """A run without adapter on a model folder; returns its weights by official name."""
     tensors, rng = FolderTensors(model), np.random.default_rng(1)
     weights = {}
     for name, shape in tensors.shapes.items():
         base = tensors.read(name).astype(np.float32)
-        weights[name] = base + 0.02 * rng.normal(size=shape).astype(np.float32)
+        weights[name] = base + noise * rng.normal(size=shape).astype(np.float32)
     _save(
         run_dir,
         {name: jnp.asarray(array) for name, array in weights.items()},

@@ -35,7 +35,6 @@ from wan22_jax.errors import BadInput
 from wan22_jax.lora_names import Dialect
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.training.step import TrainState, split_model
-from wan22_jax.weights import is_stacked, official_names, transformer_names
 
 CONFIG = TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=8,
@@ -213,7 +212,7 @@ def test_export_writes_the_newest_checkpoint_in_the_configured_dtype(
     assert config["adapter"]["dtype"] == "float16"
     toml = b'[adapter]\ndtype = "float16"\nrank = 4\n'
     assert metadata.pop("config_digest") == hashlib.sha256(toml).hexdigest()
-    assert json.loads(metadata.pop("targets")) == sorted(TARGETS)
+    assert json.loads(metadata.pop("targets")) == list(TARGETS)
     assert metadata == {
         "format": "pt",
         "base_model": "Wan2.2-TI2V-5B",
@@ -382,7 +381,9 @@ def test_truncated_and_absent_files_are_refused(tmp_path: Path):
     content = path.read_bytes()
     for length in (0, 5, 300, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(BadInput, match=r"lora\.safetensors: is not a complete safetensors"):
+        with pytest.raises(
+            BadInput, match=r"lora\.safetensors: a complete safetensors file was expected"
+        ):
             load_adapter(path)
 
 
@@ -414,39 +415,3 @@ def test_command_reports_one_line(run_dir: Path, tmp_path: Path, capsys):
     exists, no_step = captured.err.splitlines()
     assert "exists already" in exists
     assert "no checkpoint of step 5" in no_step
-
-
-@pytest.mark.parity
-def test_diffusers_loads_the_file_and_computes_the_same(
-    trained: WanTransformer, trained_velocity: np.ndarray, run_dir: Path, tmp_path: Path
-):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    state = nnx.state(trained, lambda _, leaf: type(leaf) is nnx.Param)
-    weights = {}
-    for path, leaf in nnx.to_flat_state(state):
-        name, value = ".".join(map(str, path)), np.array(leaf[...])
-        layers = value if is_stacked(name) else [value]
-        names = official_names(name, value.shape)
-        weights |= dict(zip(map(transformer_names().to_diffusers, names), layers, strict=True))
-    theirs = diffusers.WanTransformer3DModel(
-        num_attention_heads=CONFIG.num_heads, attention_head_dim=CONFIG.dim // CONFIG.num_heads,
-        in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=40, num_layers=3,
-    )  # fmt: skip
-    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    pipeline = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=theirs.eval(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
-    export_adapter(run_dir, tmp_path / "lora.safetensors", dtype="float32")
-    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
-    rng = np.random.default_rng(1)  # the inputs of predict, channels first, text padded
-    latents = rng.normal(size=(1, 2, 4, 4, 4)).astype(np.float32).transpose(0, 4, 1, 2, 3)
-    text = np.pad(rng.normal(size=(1, 3, 8)).astype(np.float32), ((0, 0), (0, 2), (0, 0)))
-    with torch.no_grad():
-        velocity = theirs(
-            torch.from_numpy(latents.copy()), torch.tensor([400.0]), torch.from_numpy(text)
-        ).sample
-    velocity = velocity.numpy().transpose(0, 2, 3, 4, 1)
-    np.testing.assert_allclose(
-        velocity, trained_velocity, atol=1e-5 * np.abs(trained_velocity).max()
-    )

@@ -75,7 +75,8 @@ LAYERS = [
     {"convert", "convert.checkpoints"},
     {"convert.weights"},
     {"convert.whole_model"},
-    {"convert.export"},
+    {"convert.export", "convert.lora_algebra"},
+    {"convert.lora_tools"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 COMMANDS = {"encode", "train", "sample", "demo"}

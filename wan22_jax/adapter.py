@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tomli_w
-from safetensors import SafetensorError, safe_open
 
 from wan22_jax.adapter_targets import TARGETS, LoRATarget, parse_targets, trains_all
 from wan22_jax.checkpoint import read_trainable
@@ -38,6 +37,7 @@ from wan22_jax.lora_names import (
 )
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.tensor_files import SafetensorsFiles
 
 BASE_MODEL = "Wan2.2-TI2V-5B"
 
@@ -118,11 +118,13 @@ def make_adapter(matrices: dict[str, np.ndarray], meta: dict[str, Any], *, sourc
 
 def describe_sizes(adapter: Adapter) -> dict[str, str]:
     """Makes the part of a header that says what is adapted; by target where that differs."""
-    sizes = {(rank, adapter.alphas[name]) for name, rank in adapter.ranks.items()}
-    rank, alpha = json.dumps(adapter.ranks), json.dumps(adapter.alphas)
-    if len(sizes) == 1:
-        rank, alpha = map(str, sizes.pop())
-    return {"rank": rank, "alpha": alpha, "targets": json.dumps(list(adapter.alphas))}
+    names = [name for name in TARGETS if name in adapter.alphas]
+    ranks = {name: adapter.ranks[name] for name in names}
+    alphas = {name: adapter.alphas[name] for name in names}
+    rank, alpha = json.dumps(ranks), json.dumps(alphas)
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        rank, alpha = str(ranks[names[0]]), str(alphas[names[0]])
+    return {"rank": rank, "alpha": alpha, "targets": json.dumps(names)}
 
 
 def digest_config(config: Mapping[str, Any]) -> str:
@@ -299,16 +301,13 @@ def from_tensors(
 
 
 def _read_file(path: Path) -> Adapter:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file or training run") from None
-    except SafetensorError as error:
-        raise BadInput(
-            f"{path}: is not a complete safetensors file ({error}); copy or export it again"
-        ) from None
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or training run")
+    files = SafetensorsFiles(path)
+    for name, kind in files.dtypes.items():
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise BadInput(f"{path}: {name} is {kind}; a LoRA of 16 or 32 bits was expected")
+    tensors = {name: files.read(name) for name in files.shapes}
     peft = None
     config = path.with_name("adapter_config.json")
     if config.is_file() and any(name.startswith(PEFT_PREFIX) for name in tensors):
@@ -316,7 +315,7 @@ def _read_file(path: Path) -> Adapter:
             peft = json.loads(config.read_text("utf-8"))
         except ValueError as error:
             raise BadInput(f"{config}: is not JSON ({error}); copy it again") from None
-    return from_tensors(tensors, metadata=metadata, source=str(path), peft=peft)
+    return from_tensors(tensors, metadata=files.metadata, source=str(path), peft=peft)
 
 
 def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
