@@ -15,6 +15,7 @@ LAYERS = [
     {"wan22_jax.toml_file"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
+    {"wan22_jax.quantised"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
