@@ -234,6 +234,7 @@ class TorchFile:
 
     def __init__(self, where: Path):
         self.where = where
+        self.metadata: dict[str, str] = {}
         state = self._open()
         if not isinstance(state, dict) or not all(hasattr(v, "numpy") for v in state.values()):
             raise BadInput(f"{where}: a flat dictionary of tensors was expected; download it again")

@@ -232,7 +232,7 @@ def _copy_tensor(
     digest = hashlib.sha256()
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
-        block = np.ascontiguousarray(tensors.read(name, rows).astype(dtype, copy=False))
+        block = np.ascontiguousarray(tensors.read(name, rows, dtype=dtype))
         writing = target[rows].write(block)
         digest.update(block.view(np.uint8).data)
         writing.result()

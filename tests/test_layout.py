@@ -15,6 +15,7 @@ LAYERS = [
     {"wan22_jax.toml_file"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
+    {"wan22_jax.quantised"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
@@ -72,7 +73,8 @@ LAYERS = [
     {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
-    {"convert", "convert.checkpoints"},
+    {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"},
+    {"convert.checkpoints"},
     {"convert.weights"},
     {"convert.whole_model"},
     {"convert.export", "convert.lora_algebra"},

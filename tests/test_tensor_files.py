@@ -185,7 +185,7 @@ def test_a_file_that_shrinks_is_named(tmp_path):
 )
 def test_a_wrong_index_is_named(index, tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(index)
-    with pytest.raises(BadInput, match="an index with a weight_map|of its index"):
+    with pytest.raises(BadInput, match=r"an index with a weight_map|of its index"):
         SafetensorsFiles(tmp_path)
 
 
@@ -230,7 +230,9 @@ def read_all(file):
     try:
         files = SafetensorsFiles(file)
     except BadInput as error:
-        assert str(error).startswith(f"{file}: a complete safetensors file was expected (")
+        refusal = str(error)
     else:
         num_bytes = sum(files.read(name).nbytes for name in files.shapes)
         assert num_bytes <= file.stat().st_size
+        return
+    assert refusal.startswith(f"{file}: a complete safetensors file was expected (")

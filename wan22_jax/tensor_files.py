@@ -51,6 +51,7 @@ class TensorFiles(Protocol):
     where: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # as safetensors writes them: F32, BF16, ...
+    metadata: dict[str, str]  # what the files say beside the tensors
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Reads some rows (leading axis) of a tensor."""
@@ -61,8 +62,7 @@ class SafetensorsFiles:
     """The tensors of one safetensors file, or of a folder of shards.
 
     In a folder, the shards are those that its index names, or else every safetensors file; only
-    files whose names start with ``prefix`` count. ``metadata`` is what their headers say beside
-    the tensors.
+    files whose names start with ``prefix`` count.
 
     Raises:
         BadInput: there is no such file, a name comes twice, or a file is not what its header says:
