@@ -251,3 +251,37 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"patch_embedding\.bias has values beyond float16"):
         full_file.write_full(tensors, tmp_path / "a.safetensors", dtype="float16", metadata={})
     assert not list(tmp_path.iterdir())
+
+
+def test_fp8_scaled_is_what_comfyui_takes(runs, tmp_path, capsys):
+    out = tmp_path / "full.safetensors"
+    words = ("--checkpoint", runs.full, "--model", runs.model, "--format", "fp8_scaled")
+    assert run(*words, "--out", out) == 0
+    line = capsys.readouterr().out
+    error = float(re.search(r"forward pass: relative error (\S+)", line)[1])
+    assert 0.005 < error < 0.1
+    files = SafetensorsFiles(out)
+    weights = {n for n, a in runs.weights.items() if n.startswith("blocks.") and a.ndim == 2}
+    weights = {name for name in weights if name.endswith(".weight")}
+    assert len(weights) == 20
+    assert {n for n, kind in files.dtypes.items() if kind == "F8_E4M3"} == weights | {"scaled_fp8"}
+    assert files.shapes["scaled_fp8"] == (0,)
+    for name in runs.weights.keys() - weights:
+        np.testing.assert_array_equal(
+            files.read(name), runs.weights[name].astype(stored_dtype(name, "bfloat16"))
+        )
+    for name in weights:
+        scale = files.read(name.removesuffix("weight") + "scale_weight")
+        assert (scale.dtype, scale.shape) == (np.float32, ())
+        values = files.read(name).astype(np.float32) * scale
+        wanted = runs.weights[name]
+        assert np.abs(values - wanted).max() <= np.abs(wanted).max() / 16, name
+    assert len(files.shapes) == len(runs.weights) + len(weights) + 1
+    assert_same(
+        {n: a.astype(np.float32) for n, a in read(out).items() if n in weights},
+        {
+            n: files.read(n).astype(np.float32)
+            * files.read(n.removesuffix("weight") + "scale_weight")
+            for n in weights
+        },
+    )
