@@ -102,7 +102,7 @@ def cut_lora(
             )
         ]
         squares = np.array([sizes**2 for _, sizes, _ in parts])  # [layers, rank]
-        kept = min(rank or adapter.ranks[target], adapter.ranks[target])
+        kept = min(rank or squares.shape[1], squares.shape[1])  # a rank beyond the sides is none
         if energy is not None:
             kept = max(_count_needed(layer, energy) for layer in squares)
         matrices[name_a], matrices[name_b] = _stack(parts, kept)

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     extract = add_command("extract", "find the LoRA between two models")
     for command in (convert, resize):
         command.add_argument("--lora", type=Path, required=True, help="file, or training run")
+        command.add_argument("--model", type=Path, help="its base, to prove by a forward pass")
     for command in (convert, resize, extract):
         command.add_argument("--format", choices=DIALECTS, default="comfyui", help="of the names")
     size = resize.add_mutually_exclusive_group(required=True)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     check_lora_file(args.out, overwrite=args.overwrite)
-    _write_lora(describe(load_adapter(args.lora)), args, dtype=args.dtype)
+    _write_lora(describe(_load(args)), args, dtype=args.dtype, model=args.model)
 
 
 def _resize(args: argparse.Namespace) -> None:
@@ -92,20 +93,18 @@ def _resize(args: argparse.Namespace) -> None:
         raise BadInput(f"--rank: 1 or more expected, got {args.rank}")
     if args.energy is not None and not 0 < args.energy <= 1:
         raise BadInput(f"--energy: a share in (0, 1] expected, got {args.energy}; 0.95 is usual")
-    adapter = load_adapter(args.lora)
+    adapter = _load(args)
     if args.rank is not None and args.rank > max(adapter.ranks.values()):
         raise BadInput(
             f"{args.lora}: has {adapter}, --rank {args.rank} is more; a higher rank adds nothing"
         )
     resized, cuts = cut_lora(adapter, rank=args.rank, energy=args.energy)
     _say_cuts(cuts, before=adapter.ranks)
-    _write_lora(resized, args, dtype=args.dtype or _stored_dtype(adapter))
+    _write_lora(resized, args, dtype=args.dtype or _stored_dtype(adapter), model=args.model)
 
 
 def _merge(args: argparse.Namespace) -> None:
-    digest = None
-    if args.model is not None:
-        digest = read_model_card(args.model).digests["transformer"]
+    digest = _digest(args.model)
     adapters = []
     for word in args.lora:
         path, strength = _parse_lora(word)
@@ -162,19 +161,32 @@ def _extract(args: argparse.Namespace) -> None:
     folder = next((path for path in (args.base, args.tuned) if _is_model_folder(path)), None)
     if folder is not None:
         _say(_compare(read_model_card(folder).transformer, base, tuned, adapter))
-    if _is_model_folder(args.base):
-        adapter.metadata["base_digest"] = read_model_card(args.base).digests["transformer"]
-    _write_lora(adapter, args, dtype=args.dtype or "bfloat16")
+    model = args.base if _is_model_folder(args.base) else None
+    if digest := _digest(model):
+        adapter.metadata["base_digest"] = digest
+    _write_lora(adapter, args, dtype=args.dtype or "bfloat16", model=model)
 
 
-def _write_lora(adapter: Adapter, args: argparse.Namespace, *, dtype: str | None) -> None:
+def _load(args: argparse.Namespace) -> Adapter:
+    return load_adapter(args.lora, base_digest=_digest(args.model))
+
+
+def _digest(model: Path | None) -> str | None:
+    return None if model is None else read_model_card(model).digests["transformer"]
+
+
+def _write_lora(
+    adapter: Adapter, args: argparse.Namespace, *, dtype: str | None, model: Path | None = None
+) -> None:
     dialect: Dialect = args.format
-    dtype = dtype or _stored_dtype(adapter)
-    _say(
-        describe_file(
-            args.out, write_proven(adapter, args.out, dtype=dtype, dialect=dialect), dialect
-        )
+    proven = write_proven(
+        adapter,
+        args.out,
+        dtype=dtype or _stored_dtype(adapter),
+        dialect=dialect,
+        model=model,
     )
+    _say(describe_file(args.out, proven, dialect))
 
 
 def _compare(config: TransformerConfig, base: Tensors, tuned: Tensors, adapter: Adapter) -> str:

@@ -28,6 +28,7 @@ from wan22_jax.adapter_targets import (
     parse_targets,
 )
 from wan22_jax.errors import BadInput
+from wan22_jax.lora_names import DIALECTS
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 
 CONFIG = TransformerConfig(
@@ -205,8 +206,9 @@ def test_spellings_of_other_makers_are_read(style, adapted):
 # --- init_from_existing ---------------------------------------------------------------------------
 
 
-def test_training_starts_as_the_function_of_an_existing_lora(adapted, tmp_path):
-    write_adapter(take(adapted), tmp_path / "lora.safetensors")
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_training_starts_as_the_function_of_an_existing_lora(dialect, adapted, tmp_path):
+    write_adapter(take(adapted), tmp_path / "lora.safetensors", dialect)
     targets = {name: own._replace(alpha=2 * own.alpha) for name, own in SEVERAL.items()}
     targets["ffn.0"] = LoRATarget(3, 3.0)
     model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))

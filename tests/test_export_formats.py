@@ -1,6 +1,7 @@
 """wan22-export in every format: the file is what was trained, or it is not there."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -285,3 +286,15 @@ def test_fp8_scaled_is_what_comfyui_takes(runs, tmp_path, capsys):
             for n in weights
         },
     )
+
+
+def test_a_model_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
+    def flip_last_byte(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, b"\x7f", size - 1)
+
+    monkeypatch.setattr(full_file.os, "fsync", flip_last_byte)
+    tensors = HeldTensors({"a.bias": np.ones(3, np.float32), "b.bias": np.ones(3, np.float32)})
+    with pytest.raises(BadInput, match=r"model\.safetensors: reads back differently.*\(b\.bias\)"):
+        full_file.write_full(tensors, tmp_path / "model.safetensors", dtype="float32", metadata={})
+    assert not list(tmp_path.iterdir())

@@ -93,7 +93,13 @@ def test_convert_refuses_what_it_cannot_write_or_read(files, tmp_path, capsys):
     refuses(capsys, r"must end in \.safetensors", *words)
     refuses(capsys, "no such file", "convert", "--lora", tmp_path / "no", "--out", out)
     assert not list(tmp_path.iterdir())
-    assert run("convert", "--lora", files.other, "--out", out, "--dtype", "float16") == 0
+    strange = Adapter(files.adapter.matrices, files.adapter.alphas, {"base_digest": "b" * 64}, "")
+    write_adapter(strange, tmp_path / "strange.safetensors")
+    words = ("convert", "--lora", tmp_path / "strange.safetensors", "--model", files.model)
+    refuses(capsys, "was trained on base model bbbb", *words, "--out", out)
+    words = ("convert", "--lora", files.other, "--model", files.model, "--dtype", "float16")
+    assert run(*words, "--out", out) == 0
+    assert "forward pass: relative error" in capsys.readouterr().out
     assert run("convert", "--lora", files.lora, "--out", out, "--overwrite") == 0
     assert load_adapter(out).matrices["blocks.ffn.0.lora_A"].dtype == np.float32
 

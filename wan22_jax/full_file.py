@@ -3,12 +3,13 @@
 A file holds the official names without a prefix, as Wan2.2 and diffusion-pipe write them, unless
 others are asked for. With the dtype "float8" it is what ComfyUI calls fp8_scaled: the linears of
 the blocks are float8_e4m3fn, each beside its ``scale_weight``, and a marker says so. A file is
-written beside its final name, tensor by tensor, read back and compared bit by bit, then renamed.
+written beside its final name, tensor by tensor, read back and compared by SHA-256, then renamed.
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,20 @@ def write_full(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
+        digests = []
         try:
             with partial.open("wb") as file:
                 file.write(_make_header(tensors, names, dtype, metadata))
                 for official in names:
                     for array in _encode(tensors, official, dtype):
-                        file.write(array.tobytes())
+                        content = array.tobytes()
+                        digests.append(sha256(content).digest())
+                        file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:  # write and fsync do not say which file
             raise OSError(error.errno, error.strerror, str(out)) from error
-        _read_back(partial, out, tensors, names, dtype)
+        _read_back(partial, out, tensors, names, dtype, digests)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -132,18 +136,25 @@ def count_bytes(tensors: Tensors, name: str, dtype: str) -> int:
 
 
 def _read_back(
-    partial: Path, out: Path, tensors: Tensors, names: Mapping[str, str], dtype: str
+    partial: Path,
+    out: Path,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    dtype: str,
+    digests: Sequence[bytes],
 ) -> None:
     written = SafetensorsFiles(partial)
-    for official, name in names.items():
-        planned = _plan(official, tensors.shapes[official], name, dtype)
-        arrays = _encode(tensors, official, dtype)
-        for (entry, _, _), array in zip(planned, arrays, strict=True):
-            if written.read(entry).tobytes() != array.tobytes():
-                raise BadInput(
-                    f"{out}: reads back differently from what was written ({entry}); check the "
-                    "disk and try again"
-                )
+    entries = [
+        entry
+        for official, name in names.items()
+        for entry, _, _ in _plan(official, tensors.shapes[official], name, dtype)
+    ]
+    for entry, digest in zip(entries, digests, strict=True):
+        if sha256(written.read(entry).tobytes()).digest() != digest:
+            raise BadInput(
+                f"{out}: reads back differently from what was written ({entry}); check the disk "
+                "and try again"
+            )
 
 
 def _make_header(
