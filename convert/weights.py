@@ -31,7 +31,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
-from convert.checkpoints import Checkpoint, open_checkpoint
+from convert.checkpoints import Checkpoint, Sources, open_checkpoint
 from wan22_jax.errors import BadInput, is_full_disk, run_command
 from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
@@ -66,9 +66,11 @@ _SPARE_BYTES = 2**26  # for the metadata
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="wan22-convert", description=__doc__)
-    parser.add_argument(
-        "--ckpt_path", type=Path, required=True, help="official or Diffusers folder"
-    )
+    parser.add_argument("--ckpt_path", type=Path, help="official, Diffusers or ComfyUI's folder")
+    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+        parser.add_argument(
+            f"--{part}", type=Path, help=f"file or folder to take the {part} from instead"
+        )
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float8"), default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --out")
@@ -77,22 +79,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of files that this format has not
 
     def command() -> None:
-        card = convert(args.ckpt_path, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        sources = Sources(
+            args.ckpt_path, args.transformer, args.vae, args.text_encoder, args.tokenizer
+        )
+        card = convert(sources, args.out, dtype=args.dtype, overwrite=args.overwrite)
         print(f"{args.out}: complete, digest {card.digest}")  # noqa: T201
 
     return run_command(command)
 
 
 def convert(
-    checkpoint: Path, out: Path, *, dtype: str = "bfloat16", overwrite: bool = False
+    sources: Path | Sources, out: Path, *, dtype: str = "bfloat16", overwrite: bool = False
 ) -> ModelCard:
-    """Converts a checkpoint folder and returns the card of what was written.
+    """Converts a checkpoint, of one folder or of several places; returns the card of the result.
 
     Raises BadInput before anything is written if the checkpoint is not a complete TI2V-5B, out
     exists or the disk is too small; OSError if the disk fills up. Either way nothing stays.
     """
     _check_out(out, overwrite=overwrite)
-    source = open_checkpoint(checkpoint)
+    if isinstance(sources, Path):
+        sources = Sources(sources)
+    source = open_checkpoint(sources)
     plans = _plan(source, dtype)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # of a conversion that was killed
@@ -100,7 +107,7 @@ def convert(
     _check_space(partial, plans, source.tokenizer)
     try:
         with _full_disk_as_os_error(partial):
-            card = _write(source, plans, partial, dtype=dtype, name=str(checkpoint))
+            card = _write(source, plans, partial, dtype=dtype, name=str(sources))
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -150,10 +157,12 @@ def _plan(source: Checkpoint, dtype: str) -> dict[Network, Plan]:
     }
 
 
-def _check_space(partial: Path, plans: Mapping[Network, Plan], tokenizer: Path) -> None:
+def _check_space(
+    partial: Path, plans: Mapping[Network, Plan], tokenizer: Mapping[str, bytes]
+) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(_num_bytes(leaf) for plan in plans.values() for leaf in plan.values())
-    needed += sum(file.stat().st_size for file in _list_files(tokenizer)) + _SPARE_BYTES
+    needed += sum(map(len, tokenizer.values())) + _SPARE_BYTES
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
         raise BadInput(
@@ -172,8 +181,8 @@ def _write(
     }
     partial.mkdir()
     tokenizer_folder(partial).mkdir()
-    for file in _list_files(source.tokenizer):
-        shutil.copy(file, tokenizer_folder(partial))
+    for file, content in source.tokenizer.items():
+        (tokenizer_folder(partial) / file).write_bytes(content)
     num_bytes = sum(_num_bytes(leaf) for plan in plans.values() for leaf in plan.values())
     digests: dict[str, str] = {}
     with tqdm(total=num_bytes, unit="B", unit_scale=True, unit_divisor=1000) as bar:
@@ -184,8 +193,8 @@ def _write(
             )
             if network == "text_encoder":
                 parts += [
-                    f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
-                    for file in _list_files(source.tokenizer)
+                    f"{file} {hashlib.sha256(content).hexdigest()}"
+                    for file, content in source.tokenizer.items()
                 ]
             digests[network] = digest_network(configs[network], parts)
     card = ModelCard(
@@ -319,10 +328,6 @@ def _digest(parts: Sequence[str]) -> str:
 
 def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return leaf.size * leaf.dtype.itemsize
-
-
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 if __name__ == "__main__":

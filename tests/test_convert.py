@@ -316,7 +316,7 @@ def test_layouts_and_parts_are_named(copied, tmp_path):
     (copied / "config.json").write_text("{")
     fails(r"config\.json: a JSON config was expected")
     (copied / "config.json").unlink()
-    fails(r"official: config\.json \(official layout\) or transformer/ \(Diffusers layout\)")
+    fails(r"official: config\.json \(official layout\), transformer/ \(Diffusers layout\)")
 
 
 @pytest.mark.parametrize("fields", [{"dim": 5120}, {"in_dim": 16}, {"in_dim": 36}])
@@ -434,9 +434,25 @@ def test_bad_pth_is_named(copied, tmp_path):
     torch.save({"a": Path("not a tensor")}, file)  # would run code with weights_only off
     with pytest.raises(BadInput, match=r"Wan2\.2_VAE\.pth: a complete PyTorch state dict"):
         convert_folder(copied, tmp_path / "out")
+    torch.save({"a": RunsCode(str(tmp_path / "ran"))}, file)
+    with pytest.raises(BadInput, match=r"Wan2\.2_VAE\.pth: a complete PyTorch state dict"):
+        convert_folder(copied, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)  # as it would have
+    assert (tmp_path / "ran").exists()
     torch.save({"a": 1}, file)
     with pytest.raises(BadInput, match="a flat dictionary of tensors was expected"):
         convert_folder(copied, tmp_path / "out")
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def pickle_parts(folder):
