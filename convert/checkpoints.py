@@ -88,6 +88,15 @@ class Checkpoint:
     text_encoder_config: UMT5Config
     tokenizer: Mapping[str, bytes]
 
+    @property
+    def configs(self) -> dict[Network, TransformerConfig | VAEConfig | UMT5Config]:
+        """The sizes by network."""
+        return {
+            "transformer": self.transformer_config,
+            "vae": self.vae_config,
+            "text_encoder": self.text_encoder_config,
+        }
+
 
 def open_checkpoint(sources: Sources) -> Checkpoint:
     """Finds and opens the parts of a model; reads headers and configs, no weights.

@@ -18,7 +18,7 @@ class TorchFile:
     """The tensors of a .pth state dict, memory-mapped through PyTorch for each read."""
 
     def __init__(self, where: Path):
-        self.where = where
+        self.where, self.paths = where, [where]
         self.metadata: dict[str, str] = {}
         state = self._open()
         if not isinstance(state, dict) or not all(hasattr(v, "numpy") for v in state.values()):

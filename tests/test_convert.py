@@ -211,7 +211,9 @@ def test_one_part_of_one_tensor_is_read_at_a_time(official, converted, monkeypat
 # All or nothing
 
 
-def test_a_failure_leaves_nothing(official, monkeypatch, tmp_path):
+def test_a_failure_leaves_what_the_next_run_goes_on_with(
+    official, converted, monkeypatch, tmp_path
+):
     read = SafetensorsFiles.read
     reads = []
 
@@ -224,7 +226,22 @@ def test_a_failure_leaves_nothing(official, monkeypatch, tmp_path):
     monkeypatch.setattr(SafetensorsFiles, "read", fail)
     with pytest.raises(KeyboardInterrupt):
         convert_folder(official, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    noted = (tmp_path / "out.partial" / "progress.jsonl").read_text().count("\n") - 1
+    assert 50 < noted <= 100
+    num_reads = len(load_file(official / VAE_FILE)) + len(load_file(official / TEXT_FILE))
+    num_reads += len(weights.parameter_shapes(model_folder.load_transformer(converted[0])))
+    reads.clear()
+    monkeypatch.setattr(
+        SafetensorsFiles,
+        "read",
+        lambda self, name, rows=slice(None): reads.append(name) or read(self, name, rows),
+    )
+    card = convert_folder(official, tmp_path / "out")
+    assert card.digest == converted[1].digest
+    assert len(reads) == num_reads - noted  # the rest alone
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "progress.jsonl").exists()
 
 
 def test_a_kill_leaves_nothing_that_looks_complete(official, converted, tmp_path):
@@ -268,7 +285,7 @@ def test_a_disk_that_fills_up_is_one_line(official, monkeypatch, capsys, tmp_pat
     assert main(["--ckpt_path", str(official), "--out", str(out)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"error: the disk is full while writing {out}")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_an_existing_out_is_kept(official, converted, tmp_path):
