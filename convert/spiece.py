@@ -1,7 +1,7 @@
 """How does a SentencePiece model, embedded in files made for ComfyUI, become ``tokenizer.json``?
 
 ``spiece.model`` is a protocol buffer: pieces with scores, and how text is normalised before it is
-cut. The tokenizer made of it gives the ids of SentencePiece itself, with umT5's ``</s>`` at the end.
+cut. The tokenizer made of it gives SentencePiece's own ids, with umT5's ``</s>`` at the end.
 """
 
 import struct
@@ -40,7 +40,7 @@ def make_tokenizer_json(model: bytes, where: Path) -> bytes:
     unknown = [i for i, piece in enumerate(parsed.pieces) if piece.kind == _UNKNOWN]
     if parsed.kind != _UNIGRAM or len(unknown) != 1 or names.count(END) != 1:
         raise BadInput(
-            f"{where}: umT5's SentencePiece model was expected, of the Unigram kind and with {END}; "
+            f"{where}: umT5's SentencePiece model was expected, of the Unigram kind, with {END}; "
             "copy the tokenizer folder of the Wan2.2 model"
         )
     tokenizer = Tokenizer(

@@ -56,7 +56,7 @@ class WeightFiles:
     """
 
     def __init__(self, files: TensorFiles, network: str):
-        self.where, self.metadata = files.where, files.metadata
+        self.where, self.metadata, self.paths = files.where, files.metadata, files.paths
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # of what read returns
         self._files = files

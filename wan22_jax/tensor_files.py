@@ -52,6 +52,7 @@ class TensorFiles(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # as safetensors writes them: F32, BF16, ...
     metadata: dict[str, str]  # what the files say beside the tensors
+    paths: list[Path]  # of the files themselves
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Reads some rows (leading axis) of a tensor."""
@@ -75,7 +76,8 @@ class SafetensorsFiles:
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
-        for file in _list_shards(where, prefix):
+        self.paths = _list_shards(where, prefix)
+        for file in self.paths:
             self._add(file)
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
