@@ -131,22 +131,13 @@ def test_a_zero_lora_is_called_untrained(runs):
 def test_the_streamed_forward_pass_is_that_of_the_model(runs):
     model = model_folder.load_transformer(runs.model, dtype="float32")
     base = FolderTensors(runs.model)
-    shapes = stacked_weight_shapes(base)
-    several = draw_adapter(shapes, SEVERAL)
-    variants = [
-        proof.Variant(base),
-        proof.Variant(base, several),
-        proof.Variant(base, runs.adapter),
-    ]
-    found = proof.predict(TINY_TRANSFORMER, variants)
-    inputs = proof.draw_inputs(TINY_TRANSFORMER)
-    wanted = [np.asarray(model(*inputs))]
-    for adapter in (several, runs.adapter):
-        attach_adapter(model, adapter)
-        wanted.append(np.asarray(model(*inputs)))
-    for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
-    assert np.abs(wanted[0] - wanted[1]).max() > 0.01 * np.abs(wanted[0]).max()
+    several = draw_adapter(stacked_weight_shapes(base), SEVERAL)
+    variants = [proof.Variant(base), proof.Variant(base, several)]
+    start, found = proof.predict(TINY_TRANSFORMER, variants)
+    attach_adapter(model, several)
+    wanted = np.asarray(model(*proof.draw_inputs(TINY_TRANSFORMER)))
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
+    assert np.abs(wanted - start).max() > 0.01 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(
