@@ -223,7 +223,12 @@ def _prove(
     if card is None:
         return "no forward pass, since the base model's folder is not known; --model names it"
     return prove_model(
-        model.trained, written, dtype=dtype, config=card.transformer, source=str(out)
+        model.trained,
+        model.tensors,
+        written,
+        dtype=dtype,
+        config=card.transformer,
+        source=str(out),
     )
 
 

@@ -15,7 +15,7 @@ from tiny_run import keep_programs
 
 from convert import export, whole_model
 from convert.weights import convert
-from wan22_jax import adapter_file, full_file, model_folder, proof
+from wan22_jax import adapter_file, full_file, model_folder, model_tensors, proof
 from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
 from wan22_jax.demo_checkpoint import TINY_TRANSFORMER
 from wan22_jax.errors import BadInput
@@ -235,6 +235,23 @@ def test_a_model_that_computes_something_else_is_deleted(runs, tmp_path, capsys,
     out = tmp_path / "one.safetensors"
     assert run("--checkpoint", runs.lora, "--merge", "--out", out) == 2
     assert "computes something else than the trained model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_that_is_merged_a_little_wrongly_is_told_from_rounding(
+    runs, tmp_path, capsys, monkeypatch
+):
+    """An error below that of bfloat16: the weights are compared before they are rounded, too."""
+    exact = model_tensors.adapter_delta
+
+    def weaken(adapter: Adapter, name: str) -> np.ndarray | None:
+        delta = exact(adapter, name)
+        return None if delta is None else np.float32(0.995) * delta
+
+    monkeypatch.setattr(model_tensors, "adapter_delta", weaken)
+    out = tmp_path / "one.safetensors"
+    assert run("--checkpoint", runs.lora, "--merge", "--out", out) == 2
+    assert re.search(r"relative error \S+e-0[34], float32 explains", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
