@@ -22,7 +22,7 @@ from wan22_jax.errors import BadInput, run_command
 from wan22_jax.full_file import describe_merge, is_full, make_metadata, read_full
 from wan22_jax.lora_names import DIALECTS, Dialect
 from wan22_jax.model_folder import find_model_folder, read_model_card
-from wan22_jax.model_tensors import FolderTensors, HeldTensors, MergedTensors
+from wan22_jax.model_tensors import FolderTensors, MergedTensors
 from wan22_jax.proof import Variant
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -143,8 +143,7 @@ def _export_model(args: argparse.Namespace, *, full: bool) -> str:
     folder = args.model or _find_base(args)
     digest = read_model_card(args.model).digests["transformer"] if args.model else None
     if full:
-        weights, meta = read_full(args.checkpoint, step=args.step, ema=args.ema, base_digest=digest)
-        tensors = HeldTensors(weights)
+        tensors, meta = read_full(args.checkpoint, step=args.step, ema=args.ema, base_digest=digest)
         model = WholeModel(
             tensors, Variant(tensors), make_metadata(meta), "a full fine-tuning of", folder
         )

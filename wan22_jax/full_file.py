@@ -17,10 +17,10 @@ import numpy as np
 
 from wan22_jax.adapter import Adapter, describe_sizes, digest_config
 from wan22_jax.adapter_targets import trains_all
-from wan22_jax.checkpoint import read_saved_meta, read_trainable
+from wan22_jax.checkpoint import find_trainable, read_array, read_saved_meta, read_trainable
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import FLOAT8, quantise_layer, unquantised_dtype
-from wan22_jax.model_tensors import Tensors
+from wan22_jax.model_tensors import HeldTensors, Tensors
 from wan22_jax.tensor_files import DTYPES, SafetensorsFiles
 from wan22_jax.weights import stored_dtype
 
@@ -29,8 +29,10 @@ _SCALE, _MARKER = "scale_weight", "scaled_fp8"  # ComfyUI's
 
 def read_full(
     path: Path, *, step: int | None = None, ema: bool = False, base_digest: str | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the weights that a full fine-tuning has trained, by official name, and the meta.
+) -> tuple[Tensors, dict[str, Any]]:
+    """Opens the weights that a full fine-tuning has trained, by official name, and their meta.
+
+    They are read one by one, but for those of a schedule-free optimizer, which are made of two.
 
     Args:
         path: a folder that wan22-train wrote, its checkpoints or one of them.
@@ -41,7 +43,7 @@ def read_full(
     Raises:
         BadInput: no such checkpoint, one of an adapter, or of another base model.
     """
-    weights, meta = read_trainable(path, step, ema=ema)
+    checkpoint, items, meta = find_trainable(path, step, ema=ema)
     if not trains_all(meta):
         raise BadInput(f"{path}: holds a LoRA, not a whole model; see wan22-export --help")
     if base_digest not in (None, meta["base_digest"]):
@@ -49,7 +51,23 @@ def read_full(
             f"{path}: was trained from base model {meta['base_digest']}, this model is "
             f"{base_digest}; use the model folder that it was trained from"
         )
-    return weights, meta
+    if len(items) > 1:
+        return HeldTensors(read_trainable(path, step, ema=ema)[0]), meta
+    return _CheckpointTensors(checkpoint, items[0], meta["arrays"][items[0]]), meta
+
+
+class _CheckpointTensors:
+    """The arrays of an item of a checkpoint, as ``Tensors``."""
+
+    def __init__(self, checkpoint: Path, item: str, described: Mapping[str, str]):
+        """``described`` has dtype and shape of each, such as "float32[2, 3]"."""
+        self._checkpoint, self._item = checkpoint, item
+        self.shapes = {
+            name: tuple(json.loads(text[text.index("[") :])) for name, text in described.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        return read_array(self._checkpoint, self._item, name)
 
 
 def is_full(path: Path, step: int | None = None) -> bool:
