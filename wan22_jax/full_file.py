@@ -51,9 +51,10 @@ def read_full(
             f"{path}: was trained from base model {meta['base_digest']}, this model is "
             f"{base_digest}; use the model folder that it was trained from"
         )
-    if len(items) > 1:
+    item, *others = items
+    if others:
         return HeldTensors(read_trainable(path, step, ema=ema)[0]), meta
-    return _CheckpointTensors(checkpoint, items[0], meta["arrays"][items[0]]), meta
+    return _CheckpointTensors(checkpoint, item, meta["arrays"][item]), meta
 
 
 class _CheckpointTensors:
