@@ -1,4 +1,4 @@
-"""What does a PyTorch model folder hold: which files, in which layout, of which sizes?
+"""Where do the networks of a model come from: which files, in which layout, of which sizes?
 
 Official layout (Wan-AI/Wan2.2-TI2V-5B)::
 
@@ -7,54 +7,78 @@ Official layout (Wan-AI/Wan2.2-TI2V-5B)::
     google/umt5-xxl/                                    tokenizer
 
 Diffusers layout (Wan-AI/Wan2.2-TI2V-5B-Diffusers): transformer/, vae/, text_encoder/, tokenizer/.
+
+ComfyUI's layout: diffusion_models/, vae/ and text_encoders/ with a file each, in the folder itself
+or in its models/ or split_files/; other models may lie beside them. There is no config, and the
+tokenizer is in the text encoder's file.
+
+Each network may also come from a place of its own, a file or a folder in any layout. What a file
+is, its content says, not its name.
 """
 
-import json
-import pickle
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from convert.sizes import (
+    check_latent_statistics,
+    count_residual_blocks,
+    infer_text_config,
+    infer_transformer_config,
+    infer_vae_config,
+    is_transformer_config,
+    read_transformer_config,
+)
+from convert.spiece import make_tokenizer_json
+from convert.torch_file import TorchFile
 from wan22_jax.errors import BadInput
-from wan22_jax.geometry import PATCH
 from wan22_jax.model.transformer import TransformerConfig
-from wan22_jax.model.umt5 import UMT5_XXL, UMT5Config
-from wan22_jax.model.vae import WAN22_VAE, VAEConfig
+from wan22_jax.model.umt5 import UMT5Config
+from wan22_jax.model.vae import VAEConfig
+from wan22_jax.quantised import SPIECE_MODEL
 from wan22_jax.tensor_files import SafetensorsFiles, TensorFiles
 from wan22_jax.weights import (
     OTHER_MODEL,
+    NameTable,
+    Network,
     OfficialTensors,
     Shapes,
-    is_other_model,
     name_tensors,
     text_encoder_names,
     transformer_names,
     vae_names,
 )
 
-# Our field: the official one, Diffusers' one. A field that a config leaves out has our default.
-_TRANSFORMER_FIELDS = {
-    "dim": ("dim", "dim"),
-    "ffn_dim": ("ffn_dim", "ffn_dim"),
-    "num_heads": ("num_heads", "num_attention_heads"),
-    "num_layers": ("num_layers", "num_layers"),
-    "in_channels": ("in_dim", "in_channels"),
-    "out_channels": ("out_dim", "out_channels"),
-    "text_dim": ("text_dim", "text_dim"),
-    "text_len": ("text_len", "text_len"),
-    "freq_dim": ("freq_dim", "freq_dim"),
-    "patch_size": ("patch_size", "patch_size"),
-    "eps": ("eps", "eps"),
-}
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a model lie; what has no place of its own is looked for in ``folder``."""
+
+    folder: Path | None = None
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+
+    def place_of(self, network: Network) -> Path:
+        """Returns where to look for a network; BadInput if nobody has said it."""
+        place = getattr(self, network) or self.folder
+        if place is None:
+            raise BadInput(
+                f"no source of the {network.replace('_', ' ')}; add --{network} or --ckpt_path"
+            )
+        return place
+
+    def __str__(self) -> str:
+        places = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = [f"{name} {place}" for name, place in places.items() if place and name != "folder"]
+        return ", ".join([str(self.folder)] * bool(self.folder) + own)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The three networks of a folder with their sizes, and the tokenizer's folder."""
+    """The three networks of a model with their sizes, and the tokenizer's files by name."""
 
     transformer: OfficialTensors
     transformer_config: TransformerConfig
@@ -62,219 +86,214 @@ class Checkpoint:
     vae_config: VAEConfig
     text_encoder: OfficialTensors
     text_encoder_config: UMT5Config
-    tokenizer: Path
+    tokenizer: Mapping[str, bytes]
+
+    @property
+    def configs(self) -> dict[Network, TransformerConfig | VAEConfig | UMT5Config]:
+        """The sizes by network."""
+        return {
+            "transformer": self.transformer_config,
+            "vae": self.vae_config,
+            "text_encoder": self.text_encoder_config,
+        }
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens an official or a Diffusers folder; reads headers and configs, no weights.
+def open_checkpoint(sources: Sources) -> Checkpoint:
+    """Finds and opens the parts of a model; reads headers and configs, no weights.
 
-    Raises BadInput if it is neither, is another model, or a part is missing or broken.
+    Raises BadInput if one is missing or broken, or belongs to another model.
     """
-    _refuse_other_models(folder)
-    is_diffusers = (folder / "transformer").is_dir()
-    if not is_diffusers and not (folder / "config.json").is_file():
-        raise BadInput(
-            f"{folder}: config.json (official layout) or transformer/ (Diffusers layout) was "
-            "expected; give the folder that Wan2.2-TI2V-5B was downloaded into"
-        )
-    transformer_config = _read_transformer_config(
-        folder / "transformer" / "config.json" if is_diffusers else folder / "config.json"
-    )
-    if is_diffusers:
-        transformer: TensorFiles = SafetensorsFiles(folder / "transformer")
-        vae: TensorFiles = SafetensorsFiles(folder / "vae")
-        text_encoder: TensorFiles = SafetensorsFiles(folder / "text_encoder")
-        tokenizer = folder / "tokenizer"
-        _check_latent_statistics(folder / "vae" / "config.json")
+    if sources.folder is not None and not sources.folder.is_dir():
+        raise BadInput(f"{sources.folder}: a folder was expected; give that of Wan2.2-TI2V-5B")
+    found = {network: _find(network, sources) for network in ("transformer", "vae", "text_encoder")}
+    vae_files = found["vae"]
+    transformer = _name(found["transformer"], "transformer", transformer_names())
+    vae = _name(vae_files, "vae", vae_names(count_residual_blocks(vae_files.shapes)))
+    text_encoder = _name(found["text_encoder"], "text_encoder", text_encoder_names())
+    if (vae_files.where / "config.json").is_file() and vae_files.where.name == "vae":
+        check_latent_statistics(vae_files.where / "config.json")
+    where = transformer.files.where
+    config = (where if where.is_dir() else where.parent) / "config.json"
+    if is_transformer_config(config):
+        transformer_config = read_transformer_config(config)
     else:
-        transformer = SafetensorsFiles(folder, prefix="diffusion_pytorch_model")
-        vae = _open_either(folder / "Wan2.2_VAE")
-        text_encoder = _open_either(folder / "models_t5_umt5-xxl-enc-bf16")
-        tokenizer = folder / "google" / "umt5-xxl"
-    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise BadInput(
-            f"{tokenizer}: tokenizer.json or spiece.model was expected; download this folder of "
-            "Wan2.2-TI2V-5B too"
-        )
-    vae_tensors = name_tensors(vae, "vae", vae_names(_count_residual_blocks(vae.shapes)))
-    text_tensors = name_tensors(text_encoder, "text_encoder", text_encoder_names())
+        transformer_config = infer_transformer_config(transformer.shapes, where)
     return Checkpoint(
-        transformer=name_tensors(transformer, "transformer", transformer_names()),
+        transformer=transformer,
         transformer_config=transformer_config,
-        vae=vae_tensors,
-        vae_config=_infer_vae_config(vae_tensors.shapes),
-        text_encoder=text_tensors,
-        text_encoder_config=_infer_text_config(text_tensors.shapes),
-        tokenizer=tokenizer,
+        vae=vae,
+        vae_config=infer_vae_config(vae.shapes),
+        text_encoder=text_encoder,
+        text_encoder_config=infer_text_config(text_encoder.shapes),
+        tokenizer=_read_tokenizer(sources, found["text_encoder"]),
     )
+
+
+def _name(files: TensorFiles, network: Network, table: NameTable) -> OfficialTensors:
+    tensors = name_tensors(files, network, table)
+    if not tensors.shapes:
+        raise BadInput(
+            f"{files.where}: holds nothing of the {network.replace('_', ' ')} "
+            f"({', '.join([*files.shapes][:3])}, ...); give the right file or folder"
+        )
+    return tensors
+
+
+# Files of a network
+
+_OFFICIAL_STEMS = {
+    "transformer": "diffusion_pytorch_model",  # of shards
+    "vae": "Wan2.2_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+}
+_COMFYUI_FOLDERS = {
+    "transformer": ("diffusion_models", "unet"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoders", "clip"),
+}
+# What tells a network of TI2V-5B from all else that may lie in ComfyUI's folders: a name, with
+# any prefix, the axis of its tensor that counts latent channels, and their number.
+_MARKS = {
+    "transformer": (r"([\w.]+\.)?patch_embedding\.weight", 1, 48),
+    "vae": (r"((model|vae|first_stage_model)\.)?(conv2|post_quant_conv)\.weight", 0, 48),
+    "text_encoder": (
+        r"(encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias"
+        r"|blocks\.1\.pos_embedding\.embedding)\.weight",
+        0,
+        None,
+    ),
+}
+
+
+def _find(network: Network, sources: Sources) -> TensorFiles:
+    place = sources.place_of(network)
+    if place.is_file():
+        return _open_file(place)
+    if not place.is_dir():
+        raise BadInput(f"{place}: neither a file nor a folder; give that of Wan2.2-TI2V-5B")
+    _refuse_other_models(place)
+    if comfyui := _comfyui_root(place):
+        return _find_in_comfyui(network, comfyui)
+    if (place / "transformer").is_dir() or (place / network).is_dir():
+        return SafetensorsFiles(place / network)
+    is_for_all = getattr(sources, network) is None
+    if (place / "config.json").is_file() and (is_for_all or _official_files(network, place)):
+        return _open_official(network, place)
+    if is_for_all:
+        raise BadInput(
+            f"{place}: config.json (official layout), transformer/ (Diffusers layout) or "
+            "diffusion_models/ (ComfyUI's) was expected; give the folder that Wan2.2-TI2V-5B was "
+            "downloaded into"
+        )
+    return SafetensorsFiles(place)
 
 
 def _refuse_other_models(folder: Path) -> None:
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: a folder was expected; give that of Wan2.2-TI2V-5B")
     for name in ("high_noise_model", "low_noise_model", "transformer_2", "Wan2.1_VAE.pth"):
         if (folder / name).exists():
             raise BadInput(f"{folder / name}: {OTHER_MODEL}")
 
 
-def _read_transformer_config(path: Path) -> TransformerConfig:
-    config = _read_json(path)
-    _check_numbers(config, path)
-    if "attention_head_dim" in config:
-        config["dim"] = config["attention_head_dim"] * config.get("num_attention_heads", 0)
-    fields: dict[str, Any] = {
-        ours: config[theirs]
-        for ours, names in _TRANSFORMER_FIELDS.items()
-        for theirs in names
-        if theirs in config
-    }
-    lost = [name for name in ("dim", "ffn_dim", "num_heads", "num_layers") if name not in fields]
-    if lost:
-        raise BadInput(f"{path}: {', '.join(lost)} missing; download Wan2.2-TI2V-5B again")
-    transformer = TransformerConfig(**fields)
-    if transformer.dim % (2 * transformer.num_heads):
+def _official_files(network: Network, folder: Path) -> list[Path]:
+    stem = _OFFICIAL_STEMS[network]
+    if network == "transformer":
+        return list(folder.glob(f"{stem}*.safetensors"))
+    files = [folder / f"{stem}.safetensors", folder / f"{stem}.pth"]
+    return [file for file in files if file.is_file()]
+
+
+def _open_official(network: Network, folder: Path) -> TensorFiles:
+    stem, files = _OFFICIAL_STEMS[network], _official_files(network, folder)
+    if network == "transformer":
+        return SafetensorsFiles(folder, prefix=stem)
+    if not files:
         raise BadInput(
-            f"{path}: dim {transformer.dim} does not divide into {transformer.num_heads} heads of "
-            "even width; download Wan2.2-TI2V-5B again"
+            f"{folder / stem}.pth: this file, or {stem}.safetensors, was expected; download it"
         )
-    if is_other_model(transformer.dim, transformer.in_channels):
-        raise BadInput(f"{path}: {OTHER_MODEL}")
-    return transformer
+    return _open_file(files[0])
 
 
-def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    keys = {key for names in _TRANSFORMER_FIELDS.values() for key in names}
-    for key in sorted(config.keys() & (keys | {"attention_head_dim"})):
-        value = config[key]
-        if key == "patch_size":
-            is_good = value == list(PATCH)
-        else:
-            is_good = type(value) is (float if key == "eps" else int) and value > 0
-        if not is_good:
-            raise BadInput(f"{path}: {key} cannot be {value!r}; download Wan2.2-TI2V-5B again")
+def _open_file(file: Path) -> TensorFiles:
+    with file.open("rb") as content:
+        start = content.read(9)
+    if start[:4] == b"GGUF":
+        raise BadInput(
+            f"{file}: GGUF files cannot be read; use the float16 or float8 file of ComfyUI"
+        )
+    is_pickle = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix == ".pth"
+    is_safetensors = start[8:] == b"{"  # after a length, which may start with any byte
+    return TorchFile(file) if is_pickle and not is_safetensors else SafetensorsFiles(file)
 
 
-def _check_latent_statistics(path: Path) -> None:
-    """The statistics that normalise latents are ours; a VAE with others is another VAE."""
-    config = _read_json(path)
-    for name in ("latents_mean", "latents_std"):
-        ours, theirs = getattr(WAN22_VAE, name), config.get(name, ())
-        if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=0, atol=1e-4):
-            raise BadInput(
-                f"{path}: {name} is not that of the Wan2.2 VAE (48 channels); download "
-                "Wan-AI/Wan2.2-TI2V-5B-Diffusers again"
-            )
+def _comfyui_root(place: Path) -> Path | None:
+    for root in (place, place / "models", place / "split_files"):
+        if any((root / name).is_dir() for name in _COMFYUI_FOLDERS["transformer"]):
+            return root
+    return None
 
 
-def _count_residual_blocks(stored_shapes: Shapes) -> int:
-    block = re.compile(
-        r"encoder\.(?:downsamples\.0\.downsamples|down_blocks\.0\.resnets)\.(\d+)\."
-        r"(?:residual\.2|conv1)\.weight"
+def _find_in_comfyui(network: Network, root: Path) -> TensorFiles:
+    folders = [root / name for name in _COMFYUI_FOLDERS[network]]
+    found = []
+    for file in sorted(file for folder in folders for file in folder.rglob("*.safetensors")):
+        try:
+            files = SafetensorsFiles(file)
+        except BadInput:  # of another model, in a format that nothing here needs
+            continue
+        if _bears_mark(network, files.shapes):
+            found.append(files)
+    places = " or ".join(str(folder) for folder in folders)
+    what = f"the {network.replace('_', ' ')} of TI2V-5B"
+    if not found:
+        raise BadInput(f"{places}: {what} was expected here; download it or add --{network} FILE")
+    if len(found) > 1:
+        names = ", ".join(files.where.name for files in found)
+        raise BadInput(f"{places}: {what} is here more than once ({names}); add --{network} FILE")
+    return found[0]
+
+
+def _bears_mark(network: Network, shapes: Shapes) -> bool:
+    pattern, axis, channels = _MARKS[network]
+    return any(
+        re.fullmatch(pattern, name) and channels in (None, *shape[axis : axis + 1])
+        for name, shape in shapes.items()
     )
-    blocks = [name for name in stored_shapes if block.fullmatch(name)]
-    return len(blocks) or WAN22_VAE.num_res_blocks
 
 
-def _infer_vae_config(shapes: Shapes) -> VAEConfig:
-    stage = "encoder.downsamples.{}.downsamples.0.residual.6.weight"
-    try:
-        encoder_dim = shapes["encoder.conv1.weight"][0]
-        num_stages = next(s for s in range(len(shapes)) if stage.format(s) not in shapes)
-        dim_mult = tuple(shapes[stage.format(s)][0] // encoder_dim for s in range(num_stages))
-        return VAEConfig(
-            encoder_dim=encoder_dim,
-            decoder_dim=shapes["decoder.head.0.gamma"][0] // dim_mult[0],
-            z_dim=shapes["conv2.weight"][0],
-            dim_mult=dim_mult,
-            num_res_blocks=_count_residual_blocks(shapes),
-            latents_mean=WAN22_VAE.latents_mean,
-            latents_std=WAN22_VAE.latents_std,
-        )
-    except (KeyError, IndexError, ZeroDivisionError):
-        return WAN22_VAE  # the comparison with its names will say what is wrong
+# Tokenizer
+
+_TOKENIZER, _SPIECE = "tokenizer.json", "spiece.model"
 
 
-def _infer_text_config(shapes: Shapes) -> UMT5Config:
-    try:
-        vocab_size, dim = shapes["token_embedding.weight"]
-        return UMT5Config(
-            vocab_size=vocab_size,
-            dim=dim,
-            ffn_dim=shapes["blocks.0.ffn.fc1.weight"][0],
-            num_heads=shapes["blocks.0.pos_embedding.embedding.weight"][1],
-            num_layers=sum(name.endswith(".norm1.weight") for name in shapes),
-        )
-    except (KeyError, IndexError, ValueError):
-        return UMT5_XXL  # the comparison with its names will say what is wrong
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+def _read_tokenizer(sources: Sources, text_encoder: TensorFiles) -> dict[str, bytes]:
+    """Reads the tokenizer's files: from the place named, else from that of the text encoder."""
+    place = sources.tokenizer or _find_tokenizer(sources.place_of("text_encoder"))
+    if place is None and sources.folder is not None and SPIECE_MODEL not in text_encoder.shapes:
+        place = _find_tokenizer(sources.folder)
+    if place is not None and place.is_dir():
+        files = {file.name: file.read_bytes() for file in sorted(place.iterdir()) if file.is_file()}
+    elif place is not None and place.is_file():
+        name = _TOKENIZER if place.suffix == ".json" else _SPIECE
+        files = {name: place.read_bytes()}
+    elif SPIECE_MODEL in text_encoder.shapes and sources.tokenizer is None:
+        place, files = text_encoder.where, {_SPIECE: text_encoder.read(SPIECE_MODEL).tobytes()}
+    else:
         raise BadInput(
-            f"{path}: a JSON config was expected ({error}); download it again"
-        ) from error
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: a JSON object was expected; download it again")
-    return config
+            f"{place or text_encoder.where}: the tokenizer, {_TOKENIZER} or {_SPIECE}, was "
+            "expected; add --tokenizer with that folder of Wan2.2-TI2V-5B (google/umt5-xxl or "
+            "tokenizer)"
+        )
+    if _TOKENIZER not in files and _SPIECE not in files:
+        raise BadInput(
+            f"{place}: {_TOKENIZER} or {_SPIECE} was expected; download this folder of "
+            "Wan2.2-TI2V-5B too"
+        )
+    if _TOKENIZER not in files:
+        files[_TOKENIZER] = make_tokenizer_json(files[_SPIECE], place)
+    return dict(sorted(files.items()))
 
 
-def _open_either(stem: Path) -> TensorFiles:
-    safetensors, pickled = stem.with_name(stem.name + ".safetensors"), Path(f"{stem}.pth")
-    if safetensors.is_file():
-        return SafetensorsFiles(safetensors)
-    if pickled.is_file():
-        return TorchFile(pickled)
-    raise BadInput(f"{pickled}: this file, or {safetensors.name}, was expected; download it")
-
-
-class TorchFile:
-    """The tensors of a .pth state dict, memory-mapped through PyTorch for each read."""
-
-    def __init__(self, where: Path):
-        self.where = where
-        state = self._open()
-        if not isinstance(state, dict) or not all(hasattr(v, "numpy") for v in state.values()):
-            raise BadInput(f"{where}: a flat dictionary of tensors was expected; download it again")
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self.dtypes = {
-            name: _SAFETENSORS_DTYPES.get(str(tensor.dtype), str(tensor.dtype))
-            for name, tensor in state.items()
-        }
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Reads some rows (leading axis) of a tensor, in its stored dtype."""
-        import torch
-
-        tensor = self._open()[name][rows].clone(memory_format=torch.contiguous_format)
-        if tensor.dtype == torch.bfloat16:  # unknown to numpy
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-
-    def _open(self) -> dict[str, Any]:
-        # Opened anew each time: pages that one mapping has touched stay in memory as long as it.
-        try:
-            import torch
-        except ImportError as error:
-            raise BadInput(
-                f"{self.where}: reading a .pth file needs PyTorch; install it with pip install "
-                f"'wan22-jax[parity]', or put {self.where.stem}.safetensors beside it, or convert "
-                "the folder of Wan-AI/Wan2.2-TI2V-5B-Diffusers, which needs no PyTorch"
-            ) from error
-        try:
-            return torch.load(self.where, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(
-                f"{self.where}: a complete PyTorch state dict was expected ({reason}); download "
-                "it again"
-            ) from error
-
-
-_SAFETENSORS_DTYPES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-}
+def _find_tokenizer(place: Path) -> Path | None:
+    """The folder of the tokenizer in an official or a Diffusers folder, if there is one."""
+    folders = (place / "google" / "umt5-xxl", place / "tokenizer", place.parent / "tokenizer")
+    return next((folder for folder in folders if folder.is_dir()), None)

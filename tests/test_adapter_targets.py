@@ -11,10 +11,10 @@ from wan22_jax.adapter import (
     Adapter,
     add_adapter,
     attach_adapter,
-    from_comfyui,
+    from_tensors,
     load_adapter,
     start_from_existing,
-    to_comfyui,
+    to_tensors,
 )
 from wan22_jax.adapter_file import write_adapter
 from wan22_jax.adapter_targets import (
@@ -28,6 +28,7 @@ from wan22_jax.adapter_targets import (
     parse_targets,
 )
 from wan22_jax.errors import BadInput
+from wan22_jax.lora_names import DIALECTS
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 
 CONFIG = TransformerConfig(
@@ -194,9 +195,9 @@ def rename(name: str, style: str) -> str:
 @pytest.mark.parametrize("style", ["transformer.", "base_model.model.", "", "kohya"])
 def test_spellings_of_other_makers_are_read(style, adapted):
     adapter = take(adapted)
-    tensors = {rename(name, style): tensor for name, tensor in to_comfyui(adapter).items()}
+    tensors = {rename(name, style): tensor for name, tensor in to_tensors(adapter).items()}
     assert not any(name.startswith("diffusion_model.") for name in tensors)
-    back = from_comfyui(tensors, metadata={}, source="file")
+    back = from_tensors(tensors, metadata={}, source="file")
     assert back.alphas == adapter.alphas
     for name, matrix in adapter.matrices.items():
         np.testing.assert_array_equal(back.matrices[name], matrix)
@@ -205,8 +206,9 @@ def test_spellings_of_other_makers_are_read(style, adapted):
 # --- init_from_existing ---------------------------------------------------------------------------
 
 
-def test_training_starts_as_the_function_of_an_existing_lora(adapted, tmp_path):
-    write_adapter(take(adapted), tmp_path / "lora.safetensors")
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_training_starts_as_the_function_of_an_existing_lora(dialect, adapted, tmp_path):
+    write_adapter(take(adapted), tmp_path / "lora.safetensors", dialect)
     targets = {name: own._replace(alpha=2 * own.alpha) for name, own in SEVERAL.items()}
     targets["ffn.0"] = LoRATarget(3, 3.0)
     model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))

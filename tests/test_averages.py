@@ -112,7 +112,7 @@ def test_export_takes_the_average_when_told(averaged, tmp_path):
     history, state, run_dir = averaged
     for ema, weights in ((False, history[-1]), (True, host(state.ema))):
         out = tmp_path / f"{ema}.safetensors"
-        adapter = export_adapter(run_dir, out, ema=ema)
+        adapter = export_adapter(run_dir, out, ema=ema).adapter
         for name, matrix in adapter.matrices.items():
             np.testing.assert_array_equal(matrix, weights[name])
 

@@ -211,7 +211,9 @@ def test_one_part_of_one_tensor_is_read_at_a_time(official, converted, monkeypat
 # All or nothing
 
 
-def test_a_failure_leaves_nothing(official, monkeypatch, tmp_path):
+def test_a_failure_leaves_what_the_next_run_goes_on_with(
+    official, converted, monkeypatch, tmp_path
+):
     read = SafetensorsFiles.read
     reads = []
 
@@ -224,7 +226,22 @@ def test_a_failure_leaves_nothing(official, monkeypatch, tmp_path):
     monkeypatch.setattr(SafetensorsFiles, "read", fail)
     with pytest.raises(KeyboardInterrupt):
         convert_folder(official, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    noted = (tmp_path / "out.partial" / "progress.jsonl").read_text().count("\n") - 1
+    assert 50 < noted <= 100
+    num_reads = len(load_file(official / VAE_FILE)) + len(load_file(official / TEXT_FILE))
+    num_reads += len(weights.parameter_shapes(model_folder.load_transformer(converted[0])))
+    reads.clear()
+    monkeypatch.setattr(
+        SafetensorsFiles,
+        "read",
+        lambda self, name, rows=slice(None): reads.append(name) or read(self, name, rows),
+    )
+    card = convert_folder(official, tmp_path / "out")
+    assert card.digest == converted[1].digest
+    assert len(reads) == num_reads - noted  # the rest alone
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "progress.jsonl").exists()
 
 
 def test_a_kill_leaves_nothing_that_looks_complete(official, converted, tmp_path):
@@ -268,7 +285,7 @@ def test_a_disk_that_fills_up_is_one_line(official, monkeypatch, capsys, tmp_pat
     assert main(["--ckpt_path", str(official), "--out", str(out)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"error: the disk is full while writing {out}")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_an_existing_out_is_kept(official, converted, tmp_path):
@@ -316,7 +333,7 @@ def test_layouts_and_parts_are_named(copied, tmp_path):
     (copied / "config.json").write_text("{")
     fails(r"config\.json: a JSON config was expected")
     (copied / "config.json").unlink()
-    fails(r"official: config\.json \(official layout\) or transformer/ \(Diffusers layout\)")
+    fails(r"official: config\.json \(official layout\), transformer/ \(Diffusers layout\)")
 
 
 @pytest.mark.parametrize("fields", [{"dim": 5120}, {"in_dim": 16}, {"in_dim": 36}])
@@ -434,9 +451,25 @@ def test_bad_pth_is_named(copied, tmp_path):
     torch.save({"a": Path("not a tensor")}, file)  # would run code with weights_only off
     with pytest.raises(BadInput, match=r"Wan2\.2_VAE\.pth: a complete PyTorch state dict"):
         convert_folder(copied, tmp_path / "out")
+    torch.save({"a": RunsCode(str(tmp_path / "ran"))}, file)
+    with pytest.raises(BadInput, match=r"Wan2\.2_VAE\.pth: a complete PyTorch state dict"):
+        convert_folder(copied, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)  # as it would have
+    assert (tmp_path / "ran").exists()
     torch.save({"a": 1}, file)
     with pytest.raises(BadInput, match="a flat dictionary of tensors was expected"):
         convert_folder(copied, tmp_path / "out")
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def pickle_parts(folder):

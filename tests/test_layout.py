@@ -15,6 +15,7 @@ LAYERS = [
     {"wan22_jax.toml_file"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
+    {"wan22_jax.quantised"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
     {"wan22_jax.model.kernels", "wan22_jax.model.hopper_matmul"},
@@ -59,7 +60,10 @@ LAYERS = [
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
-    {"wan22_jax.adapter", "wan22_jax.config", "wan22_jax.full_file"},
+    {"wan22_jax.lora_names", "wan22_jax.config"},
+    {"wan22_jax.adapter"},
+    {"wan22_jax.model_tensors"},
+    {"wan22_jax.full_file", "wan22_jax.proof"},
     {"wan22_jax.dataset", "wan22_jax.training.cadence", "wan22_jax.training.retention"}
     | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"}
     | {"wan22_jax.training.optimizer", "wan22_jax.start"},
@@ -69,10 +73,12 @@ LAYERS = [
     {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
-    {"convert", "convert.checkpoints"},
+    {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"},
+    {"convert.checkpoints", "convert.progress"},
     {"convert.weights"},
-    {"convert.export_full"},
-    {"convert.export"},
+    {"convert.whole_model"},
+    {"convert.export", "convert.lora_algebra"},
+    {"convert.lora_tools"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 COMMANDS = {"encode", "train", "sample", "demo"}

@@ -13,7 +13,7 @@ from golden.make_transformer import RANK, SIZES, draw_weights
 from safetensors.numpy import save_file
 from test_transformer import QUICK, make_adapter, relative_error
 
-from wan22_jax.adapter import TARGETS, Adapter, attach_adapter, to_comfyui
+from wan22_jax.adapter import TARGETS, Adapter, attach_adapter, to_tensors
 from wan22_jax.batch import Batch
 from wan22_jax.checkpoint import flatten_state
 from wan22_jax.model.flow import Penalty, sigma_grid, velocity_loss
@@ -55,7 +55,7 @@ def test_a_step_matches_pytorch(golden, model, case, monkeypatch):
     np.testing.assert_array_equal(metrics["task_AB"], [[0, 1], [1, 1]])
     np.testing.assert_array_equal(metrics["sigma_AB"], SIGMA_ABT.max(axis=2))
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_state(state.opt_state.trace).items()}
-    gradients = to_comfyui(
+    gradients = to_tensors(
         Adapter(arrays, dict.fromkeys(TARGETS, float(RANK)), metadata={}, source="")
     )
     expected = {

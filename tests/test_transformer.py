@@ -24,7 +24,7 @@ from golden.make_transformer import (
 )
 from safetensors.numpy import save_file
 
-from wan22_jax.adapter import TARGETS, Adapter, attach_adapter, from_comfyui, to_comfyui
+from wan22_jax.adapter import TARGETS, Adapter, attach_adapter, from_tensors, to_tensors
 from wan22_jax.model.embeddings import sinusoid
 from wan22_jax.model.fused import add_gated, layer_norm
 from wan22_jax.model.layers import RMSNorm
@@ -119,7 +119,7 @@ def test_lora_matches_peft(adapted_model, golden):
 def test_lora_gradients_match_peft(adapted_model, golden):
     state, *_ = differentiate(adapted_model, LoRAParam, *draw_inputs("mixed"))
     matrices = {name: np.asarray(gradient) for name, gradient in flatten(state).items()}
-    gradients = to_comfyui(
+    gradients = to_tensors(
         Adapter(matrices, dict.fromkeys(TARGETS, float(RANK)), metadata={}, source="")
     )
     assert {f"lora_gradient/{name}" for name in gradients} == {
@@ -297,7 +297,7 @@ def make_adapter(shapes: dict[str, tuple[int, ...]]) -> Adapter:
     for name in list(tensors):
         linear = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
         tensors[f"{linear}.alpha"] = np.array(ALPHA, np.float32)
-    return from_comfyui(tensors, metadata={}, source="the golden adapter")
+    return from_tensors(tensors, metadata={}, source="the golden adapter")
 
 
 def predict(

@@ -242,12 +242,39 @@ def test_only_an_equal_tied_embedding_may_be_extra(tiny_weights, tmp_path):
         load_umt5(file, TINY_TEXT_ENCODER)
 
 
-def test_quantised_files_are_refused(tiny_weights, tmp_path):
-    weights = dict(tiny_weights["t5"])
-    weights["norm.weight"] = weights["norm.weight"].astype(ml_dtypes.float8_e4m3fn)
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("loaded_as", [jnp.float32, jnp.bfloat16])
+def test_what_is_not_finite_is_named(wrong, dtype, loaded_as, tiny_weights, tmp_path):
+    weights = {name: array.astype(dtype) for name, array in tiny_weights["t5"].items()}
+    weights["blocks.1.ffn.fc1.weight"][3, 2] = wrong
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(BadInput, match=r"w\.safetensors: norm\.weight is F8_E4M3; quantised"):
-        load_umt5(tmp_path / "w.safetensors", TINY_TEXT_ENCODER)
+    match = r"w\.safetensors: blocks\.1\.ffn\.fc1\.weight has infinite or NaN values"
+    with pytest.raises(BadInput, match=match):
+        load_umt5(tmp_path / "w.safetensors", TINY_TEXT_ENCODER, dtype=loaded_as)
+
+
+def test_numbers_that_overflow_are_named(tiny_weights, tmp_path):
+    weights = {name: array.astype(np.float64) for name, array in tiny_weights["t5"].items()}
+    file = tmp_path / "w.safetensors"
+    weights["norm.weight"][0] = -3.4e38  # bfloat16 ends at 3.39e38
+    save_file(weights, file)
+    load_umt5(file, TINY_TEXT_ENCODER, dtype=jnp.float32)
+    with pytest.raises(BadInput, match=r"norm\.weight has values beyond bfloat16"):
+        load_umt5(file, TINY_TEXT_ENCODER, dtype=jnp.bfloat16)
+    weights["norm.weight"][0] = 1e39
+    save_file(weights, file)
+    with pytest.raises(BadInput, match=r"norm\.weight has values beyond float32"):
+        load_umt5(file, TINY_TEXT_ENCODER, dtype=jnp.float32)
+
+
+def test_the_largest_bfloat16_numbers_are_finite(tiny_weights, tmp_path):
+    weights = {n: array.astype(ml_dtypes.bfloat16) for n, array in tiny_weights["t5"].items()}
+    extremes = np.array([0x7F7F, 0xFF7F, 0x8000, 0x0001], np.uint16).view(ml_dtypes.bfloat16)
+    weights["norm.weight"][:4] = extremes
+    save_file(weights, tmp_path / "w.safetensors")
+    module = load_umt5(tmp_path / "w.safetensors", TINY_TEXT_ENCODER, dtype=jnp.bfloat16)
+    assert_same_bits(read_official(module), weights)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])

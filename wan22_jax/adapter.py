@@ -1,20 +1,14 @@
-"""What is a LoRA outside of training: which matrices, under which names in a file, on which model?
+"""What is a LoRA outside of training: which matrices, how do they get into files and on models?
 
-A file holds ComfyUI's names, one tensor per layer (also the names that diffusion-pipe saves)::
-
-    diffusion_model.blocks.{i}.self_attn.q.lora_A.weight  [rank, in]
-    diffusion_model.blocks.{i}.self_attn.q.lora_B.weight  [out, rank]
-    diffusion_model.blocks.{i}.self_attn.q.alpha          [], only where alpha is not the rank
-
-In memory the layers are stacked: ``blocks.self_attn.q.lora_A`` [N, rank, in]. The two are a
-bijection: a name that it does not produce is an error, and so is one that it misses. Files of other
-makers are read too: with the prefix ``transformer.``, ``base_model.model.`` or none, and with
-kohya's names (``lora_unet_blocks_0_self_attn_q.lora_down.weight``). In all of them a linear without
-an alpha tensor has alpha = rank.
+In memory the layers are stacked: ``blocks.self_attn.q.lora_A`` [N, rank, in] and ``.lora_B``
+[N, out, rank]. A file has one tensor per layer, in one of the dialects of ``lora_names``. The two
+are a bijection: a name that it does not know is an error, and so is one that it misses. A linear
+is adapted in every block: files in which it is adapted in some blocks only are refused, since
+nothing tells them from damaged ones.
 """
 
+import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +17,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import tomli_w
 
 from wan22_jax.adapter_targets import TARGETS, LoRATarget, parse_targets, trains_all
 from wan22_jax.checkpoint import read_trainable
 from wan22_jax.errors import BadInput
+from wan22_jax.lora_names import (
+    PEFT_HEADER,
+    PEFT_PREFIX,
+    Dialect,
+    Entry,
+    Kind,
+    Spelling,
+    find_peft_alpha,
+    read_name,
+    read_peft_header,
+    spell_name,
+    write_peft_header,
+)
 from wan22_jax.model.lora import LoRAParam
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.tensor_files import SafetensorsFiles
 
 BASE_MODEL = "Wan2.2-TI2V-5B"
 
@@ -70,7 +78,7 @@ def load_adapter(
     """Reads a LoRA from a training run (or its checkpoints, or one of them) or a file.
 
     Args:
-        path: a folder that wan22-train wrote, or a .safetensors file with ComfyUI names.
+        path: a folder that wan22-train wrote, or a .safetensors file of any dialect.
         step: which checkpoint of a run; the last one by default. A file holds only one.
         ema: of a run, the average over the steps instead of the weights themselves.
         base_digest: digest of the transformer it is meant for; a LoRA that states another one is
@@ -100,11 +108,28 @@ def make_adapter(matrices: dict[str, np.ndarray], meta: dict[str, Any], *, sourc
             "format": "pt",
             "base_model": BASE_MODEL,
             "base_digest": meta["base_digest"],
-            **_describe_sizes(adapter),
+            **describe_sizes(adapter),
             "step": str(meta["step"]),
+            "config_digest": digest_config(meta["config"]),
             "config": json.dumps(meta["config"]),
         },
     )
+
+
+def describe_sizes(adapter: Adapter) -> dict[str, str]:
+    """Makes the part of a header that says what is adapted; by target where that differs."""
+    names = [name for name in TARGETS if name in adapter.alphas]
+    ranks = {name: adapter.ranks[name] for name in names}
+    alphas = {name: adapter.alphas[name] for name in names}
+    rank, alpha = json.dumps(ranks), json.dumps(alphas)
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        rank, alpha = str(ranks[names[0]]), str(alphas[names[0]])
+    return {"rank": rank, "alpha": alpha, "targets": json.dumps(names)}
+
+
+def digest_config(config: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a run's config as the run folder holds it, in TOML."""
+    return hashlib.sha256(tomli_w.dumps(config).encode()).hexdigest()
 
 
 def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float = 1.0) -> None:
@@ -119,9 +144,21 @@ def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float =
         BadInput: a matrix does not fit the model (another model, another number of layers).
     """
     linears = {path.removeprefix("blocks."): layer for path, layer in model.lora_targets()}
+    check_fit(adapter, {target: layer.weight.shape for target, layer in linears.items()})
+    for target, linear in linears.items():
+        linear.lora_A, linear.lora_B = (
+            LoRAParam(jnp.asarray(adapter.matrices[name])) if name in adapter.matrices else None
+            for name in (f"blocks.{target}.lora_A", f"blocks.{target}.lora_B")
+        )
+        if target in adapter.alphas:
+            linear.lora_scale = strength * adapter.scale(target)
+
+
+def check_fit(adapter: Adapter, weight_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises BadInput if a matrix does not fit a model; ``weight_shapes`` are [N, out, in]."""
     expected = {}
     for target, rank in adapter.ranks.items():
-        num_layers, num_out, num_in = linears[target].weight.shape
+        num_layers, num_out, num_in = weight_shapes[target]
         expected[f"blocks.{target}.lora_A"] = (num_layers, rank, num_in)
         expected[f"blocks.{target}.lora_B"] = (num_layers, num_out, rank)
     problems = [
@@ -132,15 +169,8 @@ def attach_adapter(model: WanTransformer, adapter: Adapter, *, strength: float =
     if problems:
         raise BadInput(
             f"{adapter.source}: is not a LoRA of this model ({_list(problems)}); "
-            f"choose one that was trained on {BASE_MODEL}"
+            + _say_model([matrix.shape for matrix in adapter.matrices.values()])
         )
-    for target, linear in linears.items():
-        linear.lora_A, linear.lora_B = (
-            LoRAParam(jnp.asarray(adapter.matrices[name])) if name in adapter.matrices else None
-            for name in (f"blocks.{target}.lora_A", f"blocks.{target}.lora_B")
-        )
-        if target in adapter.alphas:
-            linear.lora_scale = strength * adapter.scale(target)
 
 
 def add_adapter(model: WanTransformer, key: jax.Array, targets: Mapping[str, LoRATarget]) -> None:
@@ -202,74 +232,90 @@ def start_from_existing(model: WanTransformer, path: Path) -> str:
     return f"adapter: starts from {files[0]} ({adapter})" + (f", {fresh} afresh" if fresh else "")
 
 
-def to_comfyui(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Names the matrices as ComfyUI does, one tensor per layer, in their own dtype."""
+def to_tensors(adapter: Adapter, dialect: Dialect = "comfyui") -> dict[str, np.ndarray]:
+    """Names the matrices as a dialect does, one tensor per layer, in their own dtype."""
     tensors = {}
     for path, matrix in adapter.matrices.items():
-        target, side = path.removeprefix("blocks.").rsplit(".", 1)
+        target, _, side = path.removeprefix("blocks.").rpartition(".")
+        kind: Kind = "lora_A" if side == "lora_A" else "lora_B"
+        alpha = np.asarray(adapter.alphas[target], np.float32)
         for layer, tensor in enumerate(matrix):
-            tensors[f"{_PREFIX}{layer}.{target}.{side}.weight"] = np.ascontiguousarray(tensor)
-            if adapter.scale(target) != 1:
-                alpha = np.asarray(adapter.alphas[target], np.float32)
-                tensors[f"{_PREFIX}{layer}.{target}.alpha"] = alpha
+            name = spell_name(dialect, Entry(layer, target, kind))
+            tensors[name] = np.ascontiguousarray(tensor)
+            if dialect == "kohya" or (dialect == "comfyui" and adapter.scale(target) != 1):
+                tensors[spell_name(dialect, Entry(layer, target, "alpha"))] = alpha
     return tensors
 
 
-def from_comfyui(
-    tensors: Mapping[str, np.ndarray], *, metadata: dict[str, str], source: str
+def to_header(adapter: Adapter, dialect: Dialect) -> dict[str, str]:
+    """Makes the header of a file: the adapter's metadata, and the alphas that no tensor holds."""
+    if dialect != "diffusers":
+        return adapter.metadata
+    return adapter.metadata | {PEFT_HEADER: write_peft_header(adapter.ranks, adapter.alphas)}
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    metadata: Mapping[str, str],
+    source: str,
+    peft: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Stacks the tensors of a file; the inverse of ``to_comfyui``.
+    """Stacks the tensors of a file in whatever dialect; the inverse of ``to_tensors``.
 
     Args:
         tensors: everything in the file; any of the ten targets, each in all layers.
         metadata: the file's header.
         source: the file, for messages.
+        peft: PEFT's config of the file, if it has one apart.
 
     Raises:
         BadInput: names it does not know or misses, shapes or alphas that differ between layers.
     """
-    layers = _sort_by_target(tensors, source)
+    layers, spelling = _sort_by_target(tensors, source)
     num_layers = _count_layers(layers, source)
+    metadata = dict(metadata)
+    header = metadata.pop(PEFT_HEADER, None)
     matrices = {}
     for target, of_target in layers.items():
         for side in ("lora_A", "lora_B"):
-            parts = [of_target[layer][f"{side}.weight"] for layer in range(num_layers)]
+            parts = [of_target[layer][side] for layer in range(num_layers)]
             if len({(part.shape, part.dtype) for part in parts}) > 1 or parts[0].ndim != 2:
                 raise BadInput(f"{source}: {target}.{side}: matrices alike in all layers expected")
             matrices[f"blocks.{target}.{side}"] = np.stack(parts)
     ranks = {target: _find_rank(target, matrices, source) for target in layers}
-    alphas = {target: _find_alpha(target, layers, ranks[target], source) for target in layers}
+    alphas = {}
+    try:
+        peft = read_peft_header(header) if header else peft
+        for target, rank in ranks.items():
+            default = [float(rank)] * num_layers
+            if peft is not None:
+                modules = [spelling.module(target, layer) for layer in range(num_layers)]
+                default = [find_peft_alpha(peft, module, rank=rank) for module in modules]
+            alphas[target] = _find_alpha(target, layers, default, source)
+    except ValueError as error:
+        raise BadInput(
+            f"{source}: what PEFT says of this LoRA does not fit it ({error}); export it again"
+        ) from None
     return Adapter(matrices, alphas, metadata=metadata, source=source)
 
 
-_PREFIX = "diffusion_model.blocks."
-_NAME = re.compile(
-    r"(?:(?:diffusion_model|transformer|base_model\.model)\.)?blocks\."
-    + r"(0|[1-9][0-9]?)\."
-    + f"({'|'.join(map(re.escape, TARGETS))})"
-    + r"\.(lora_A\.weight|lora_B\.weight|lora_down\.weight|lora_up\.weight|alpha)"
-)
-_KOHYA = {name.replace(".", "_"): name for name in TARGETS}
-_KOHYA_NAME = re.compile(
-    r"lora_unet_blocks_(0|[1-9][0-9]?)_"
-    + f"({'|'.join(_KOHYA)})"
-    + r"\.(lora_down\.weight|lora_up\.weight|alpha)"
-)
-_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-
-
 def _read_file(path: Path) -> Adapter:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file or training run") from None
-    except SafetensorError as error:
-        raise BadInput(
-            f"{path}: is not a complete safetensors file ({error}); copy or export it again"
-        ) from None
-    return from_comfyui(tensors, metadata=metadata, source=str(path))
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or training run")
+    files = SafetensorsFiles(path)
+    for name, kind in files.dtypes.items():
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise BadInput(f"{path}: {name} is {kind}; a LoRA of 16 or 32 bits was expected")
+    tensors = {name: files.read(name) for name in files.shapes}
+    peft = None
+    config = path.with_name("adapter_config.json")
+    if config.is_file() and any(name.startswith(PEFT_PREFIX) for name in tensors):
+        try:
+            peft = json.loads(config.read_text("utf-8"))
+        except ValueError as error:
+            raise BadInput(f"{config}: is not JSON ({error}); copy it again") from None
+    return from_tensors(tensors, metadata=files.metadata, source=str(path), peft=peft)
 
 
 def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
@@ -281,36 +327,37 @@ def _read_checkpoint(path: Path, step: int | None, ema: bool) -> Adapter:
         )
     adapter = make_adapter(matrices, meta, source=str(path))
     # The same checks as for a file: a checkpoint of another kind of training must not pass.
-    from_comfyui(to_comfyui(adapter), metadata={}, source=str(path))
+    from_tensors(to_tensors(adapter), metadata={}, source=str(path))
     return adapter
 
 
-_Layers = dict[str, dict[int, dict[str, np.ndarray]]]  # target, layer, "lora_A.weight" and so on
+_Layers = dict[str, dict[int, dict[Kind, np.ndarray]]]  # by target and layer
 
 
-def _sort_by_target(tensors: Mapping[str, np.ndarray], source: str) -> _Layers:
-    layers: _Layers = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name) or _KOHYA_NAME.fullmatch(name)
-        if match is None:
-            unknown.append(name)
-            continue
-        layer, target, kind = match.groups()
-        target = _KOHYA.get(target, target)
-        of_target = layers.setdefault(target, {})
-        of_layer, kind = of_target.setdefault(int(layer), {}), _KINDS.get(kind, kind)
-        if kind in of_layer:
-            raise BadInput(f"{source}: has {target}.{kind} of layer {layer} under two names")
-        of_layer[kind] = tensor
+def _sort_by_target(tensors: Mapping[str, np.ndarray], source: str) -> tuple[_Layers, Spelling]:
+    read = {name: read_name(name) for name in tensors}
+    known = {name: found for name, found in read.items() if found is not None}
+    unknown = [f"{name} {list(tensors[name].shape)}" for name in tensors if name not in known]
     if unknown:
         raise BadInput(
-            f"{source}: is not a {BASE_MODEL} LoRA with ComfyUI's names "
-            f"({_PREFIX}0.self_attn.q.lora_A.weight and the like); unknown: {_list(unknown)}"
+            f"{source}: is not a LoRA of the blocks of {BASE_MODEL} in the dialect of ComfyUI "
+            f"({spell_name('comfyui', Entry(0, 'self_attn.q', 'lora_A'))} and the like), Diffusers "
+            f"or kohya; {_say_model([t.shape for t in tensors.values()])}; unknown: "
+            + _list(unknown)
         )
-    if not layers:
+    if not known:
         raise BadInput(f"{source}: holds no tensors, a LoRA was expected")
-    return layers
+    first, (_, spelling) = next(iter(known.items()))
+    layers: _Layers = {}
+    for name, (entry, other) in known.items():
+        if not spelling.agrees(other):
+            raise BadInput(
+                f"{source}: holds names of two makers, {first} and {name}; keep one LoRA a file"
+            )
+        spelling = spelling.join(other)
+        of_layer = layers.setdefault(entry.target, {}).setdefault(entry.layer, {})
+        of_layer[entry.kind] = tensors[name]
+    return layers, spelling
 
 
 def _count_layers(layers: _Layers, source: str) -> int:
@@ -321,14 +368,17 @@ def _count_layers(layers: _Layers, source: str) -> int:
         for target, of_target in layers.items()
     }
     missing = [
-        f"{_PREFIX}{layer}.{target}.{kind}"
+        f"blocks.{layer}.{target}.{kind}"
         for target, of_target in layers.items()
         for layer in range(num_layers)
-        for kind in sorted(kinds[target] | {"lora_A.weight", "lora_B.weight"})
+        for kind in sorted(kinds[target] | {"lora_A", "lora_B"})
         if kind not in of_target.get(layer, {})
     ]
     if missing:
-        raise BadInput(f"{source}: is incomplete, export it again; missing: {_list(missing)}")
+        raise BadInput(
+            f"{source}: is incomplete, export it again; a linear is adapted in every block or in "
+            f"none, missing: {_list(missing)}"
+        )
     return num_layers
 
 
@@ -342,12 +392,12 @@ def _find_rank(target: str, matrices: dict[str, np.ndarray], source: str) -> int
     return a.shape[1]
 
 
-def _find_alpha(target: str, layers: _Layers, rank: int, source: str) -> float:
-    """The alpha that all layers share; without any, alpha = rank."""
+def _find_alpha(target: str, layers: _Layers, default: list[float], source: str) -> float:
+    """The alpha that all layers share; ``default`` has that of each layer without a tensor."""
     alphas = {
         float(alpha)
-        for of_layer in layers[target].values()
-        for alpha in np.ravel(of_layer.get("alpha", rank))
+        for layer, of_layer in layers[target].items()
+        for alpha in np.ravel(of_layer.get("alpha", default[layer]))
     }
     if len(alphas) != 1:
         raise BadInput(
@@ -356,16 +406,13 @@ def _find_alpha(target: str, layers: _Layers, rank: int, source: str) -> float:
     return alphas.pop()
 
 
-def _describe_sizes(adapter: Adapter) -> dict[str, str]:
-    sizes = {(rank, adapter.alphas[name]) for name, rank in adapter.ranks.items()}
-    if len(sizes) == 1:
-        ((rank, alpha),) = sizes
-        return {"rank": str(rank), "alpha": str(alpha)}
-    names = adapter.ranks
-    return {
-        "rank": json.dumps(names),
-        "alpha": json.dumps({name: adapter.alphas[name] for name in names}),
-    }
+def _say_model(shapes: list[tuple[int, ...]]) -> str:
+    remedy = f"choose one that was trained on {BASE_MODEL}"
+    is_other = any(_WIDTH_14B in shape for shape in shapes)
+    return f"this one is of Wan2.1 or Wan2.2 14B, {remedy}" if is_other else remedy
+
+
+_WIDTH_14B = 5120
 
 
 def _list(items: list[str]) -> str:

@@ -304,6 +304,26 @@ def read_trainable(
         BadInput: there is no such checkpoint, it holds no average, it was written by another
             version, or is damaged.
     """
+    checkpoint, items, meta = find_trainable(path, step, ema=ema)
+    read = _read(checkpoint, {name: ocp.args.StandardRestore() for name in items})
+    arrays = {
+        name: {path: np.asarray(array) for path, array in of_item.items()}
+        for name, of_item in read.items()
+    }
+    if "opt_state" in arrays:
+        return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
+    return arrays[items[0]], meta
+
+
+def find_trainable(
+    path: Path, step: int | None = None, *, ema: bool = False
+) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
+    """Finds what ``read_trainable`` reads, and checks it; arguments and errors are the same.
+
+    Returns:
+        The folder of the checkpoint, its items that are needed, and its meta. Of a schedule-free
+        optimizer two items make the weights, else one holds them.
+    """
     checkpoint, meta = _find_checkpoint(path, step)
     if ema and "ema" not in meta["arrays"]:
         raise BadInput(f"{checkpoint}: holds no average, ema_decay was not set; leave --ema out")
@@ -314,14 +334,19 @@ def read_trainable(
     if damage is not None:
         steps = sorted(list_steps(checkpoint.parent))
         raise BadInput(f"{damage}; choose another checkpoint with --step, there are {steps}")
-    read = _read(checkpoint, {name: ocp.args.StandardRestore() for name in items})
-    arrays = {
-        name: {path: np.asarray(array) for path, array in of_item.items()}
-        for name, of_item in read.items()
-    }
-    if "opt_state" in arrays:
-        return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
-    return arrays[items[0]], meta
+    return checkpoint, items, meta
+
+
+def read_array(checkpoint: Path, item: str, name: str) -> np.ndarray:
+    """Reads one array of an item, without the others."""
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        target = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        restored = checkpointer.restore(
+            (checkpoint / item).absolute(),
+            ocp.args.PyTreeRestore({name: 0}, restore_args=target, partial_restore=True),
+        )
+    return restored[name]
 
 
 def read_saved_meta(path: Path, step: int | None = None) -> dict[str, Any]:

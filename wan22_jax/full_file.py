@@ -1,30 +1,38 @@
-"""How do all weights of a model get into one safetensors file, and out of a training run?
+"""How do all weights of a model get into safetensors files, and out of a training run?
 
-The file holds the official names without a prefix, as Wan2.2 and diffusion-pipe write them. It is
-written beside its final name, tensor by tensor, read back and compared bit by bit, then renamed.
+A file holds the official names without a prefix, as Wan2.2 and diffusion-pipe write them, unless
+others are asked for. With the dtype "float8" it is what ComfyUI calls fp8_scaled: the linears of
+the blocks are float8_e4m3fn, each beside its ``scale_weight``, and a marker says so. A file is
+written beside its final name, tensor by tensor, read back and compared by SHA-256, then renamed.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wan22_jax.adapter import Adapter, describe_sizes, digest_config
 from wan22_jax.adapter_targets import trains_all
-from wan22_jax.checkpoint import read_saved_meta, read_trainable
+from wan22_jax.checkpoint import find_trainable, read_array, read_saved_meta, read_trainable
 from wan22_jax.errors import BadInput
-from wan22_jax.tensor_files import SafetensorsFiles
+from wan22_jax.model_folder import FLOAT8, quantise_layer, unquantised_dtype
+from wan22_jax.model_tensors import HeldTensors, Tensors
+from wan22_jax.tensor_files import DTYPES, SafetensorsFiles
 from wan22_jax.weights import stored_dtype
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SCALE, _MARKER = "scale_weight", "scaled_fp8"  # ComfyUI's
 
 
 def read_full(
     path: Path, *, step: int | None = None, ema: bool = False, base_digest: str | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the weights that a full fine-tuning has trained, by official name, and the meta.
+) -> tuple[Tensors, dict[str, Any]]:
+    """Opens the weights that a full fine-tuning has trained, by official name, and their meta.
+
+    They are read one by one, but for those of a schedule-free optimizer, which are made of two.
 
     Args:
         path: a folder that wan22-train wrote, its checkpoints or one of them.
@@ -35,7 +43,7 @@ def read_full(
     Raises:
         BadInput: no such checkpoint, one of an adapter, or of another base model.
     """
-    weights, meta = read_trainable(path, step, ema=ema)
+    checkpoint, items, meta = find_trainable(path, step, ema=ema)
     if not trains_all(meta):
         raise BadInput(f"{path}: holds a LoRA, not a whole model; see wan22-export --help")
     if base_digest not in (None, meta["base_digest"]):
@@ -43,7 +51,24 @@ def read_full(
             f"{path}: was trained from base model {meta['base_digest']}, this model is "
             f"{base_digest}; use the model folder that it was trained from"
         )
-    return weights, meta
+    item, *others = items
+    if others:
+        return HeldTensors(read_trainable(path, step, ema=ema)[0]), meta
+    return _CheckpointTensors(checkpoint, item, meta["arrays"][item]), meta
+
+
+class _CheckpointTensors:
+    """The arrays of an item of a checkpoint, as ``Tensors``."""
+
+    def __init__(self, checkpoint: Path, item: str, described: Mapping[str, str]):
+        """``described`` has dtype and shape of each, such as "float32[2, 3]"."""
+        self._checkpoint, self._item = checkpoint, item
+        self.shapes = {
+            name: tuple(json.loads(text[text.index("[") :])) for name, text in described.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        return read_array(self._checkpoint, self._item, name)
 
 
 def is_full(path: Path, step: int | None = None) -> bool:
@@ -57,21 +82,40 @@ def make_metadata(meta: Mapping[str, Any]) -> dict[str, str]:
         "format": "pt",
         "base_digest": meta["base_digest"],
         "step": str(meta["step"]),
+        "config_digest": digest_config(meta["config"]),
         "config": json.dumps(meta["config"]),
     }
 
 
+def describe_merge(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, str]:
+    """Makes the header of a file of a model with LoRAs merged into it, with their strengths."""
+    kept = ("base_digest", "step", "config_digest")
+    loras = [
+        {"file": Path(adapter.source).name, "strength": strength, **describe_sizes(adapter)}
+        | {key: adapter.metadata[key] for key in kept if key in adapter.metadata}
+        for adapter, strength in adapters
+    ]
+    return {"format": "pt", "merged_loras": json.dumps(loras)}
+
+
 def write_full(
-    weights: Mapping[str, Any], out: Path, *, dtype: str, metadata: Mapping[str, str]
+    tensors: Tensors,
+    out: Path,
+    *,
+    dtype: str,
+    metadata: Mapping[str, str],
+    names: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes the weights to a safetensors file, in place of any of that name.
+    """Writes weights to a safetensors file, in place of any of that name.
 
     Args:
-        weights: by official name, arrays of JAX or NumPy; one at a time is copied to the host.
+        tensors: by official name; one at a time is in memory.
         out: the file; its folder is made if need be.
-        dtype: "bfloat16", "float16" or "float32"; what a model of any dtype keeps in float32 (see
-            ``weights.keeps_float32``) is float32 here too.
+        dtype: "bfloat16", "float16", "float32" or "float8"; what a model of any dtype keeps in
+            float32 (see ``weights.keeps_float32``) is float32 here too. Beside float8 linears the
+            rest is bfloat16.
         metadata: strings for the header.
+        names: which tensors to write, by official name, and what to call them; all by default.
 
     Returns:
         How many bytes the file has.
@@ -80,55 +124,107 @@ def write_full(
         BadInput: values that the dtype cannot hold, or the file differs when read back.
         OSError: it cannot be written; the file is named.
     """
+    names = {name: name for name in tensors.shapes} if names is None else names
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
+        digests = []
         try:
             with partial.open("wb") as file:
-                file.write(_make_header(weights, dtype, metadata))
-                for name in weights:
-                    file.write(_cast(weights, name, dtype).tobytes())
+                file.write(_make_header(tensors, names, dtype, metadata))
+                for official in names:
+                    for array in _encode(tensors, official, dtype):
+                        content = array.tobytes()
+                        digests.append(sha256(content).digest())
+                        file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:  # write and fsync do not say which file
             raise OSError(error.errno, error.strerror, str(out)) from error
-        written = SafetensorsFiles(partial)
-        for name in weights:
-            if written.read(name).tobytes() != _cast(weights, name, dtype).tobytes():
-                raise BadInput(
-                    f"{out}: reads back differently from what was written ({name}); check the "
-                    "disk and try again"
-                )
+        _read_back(partial, out, tensors, names, dtype, digests)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return out.stat().st_size
 
 
-def _make_header(weights: Mapping[str, Any], dtype: str, metadata: Mapping[str, str]) -> bytes:
+def count_bytes(tensors: Tensors, name: str, dtype: str) -> int:
+    """Returns how many bytes a tensor takes in a file of this dtype."""
+    planned = _plan(name, tensors.shapes[name], name, dtype)
+    return sum(int(np.prod(shape)) * kept_as.itemsize for _, kept_as, shape in planned)
+
+
+def _read_back(
+    partial: Path,
+    out: Path,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    dtype: str,
+    digests: Sequence[bytes],
+) -> None:
+    written = SafetensorsFiles(partial)
+    entries = [
+        entry
+        for official, name in names.items()
+        for entry, _, _ in _plan(official, tensors.shapes[official], name, dtype)
+    ]
+    for entry, digest in zip(entries, digests, strict=True):
+        if sha256(written.read(entry).tobytes()).digest() != digest:
+            raise BadInput(
+                f"{out}: reads back differently from what was written ({entry}); check the disk "
+                "and try again"
+            )
+
+
+def _make_header(
+    tensors: Tensors, names: Mapping[str, str], dtype: str, metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
-    for name, array in weights.items():
-        kept_as = stored_dtype(name, dtype)
-        end = start + array.size * kept_as.itemsize
-        entries[name] = {
-            "dtype": _DTYPES[kept_as.name],
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+    for official, name in names.items():
+        for entry, kept_as, shape in _plan(official, tensors.shapes[official], name, dtype):
+            end = start + int(np.prod(shape)) * kept_as.itemsize
+            entries[entry] = {
+                "dtype": _NAMES[kept_as],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+            start = end
+    if dtype == FLOAT8:
+        marker = {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [start, start]}
+        entries[_MARKER] = marker
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
 
-def _cast(weights: Mapping[str, Any], name: str, dtype: str) -> np.ndarray:
-    trained = np.asarray(weights[name])
+_NAMES = {kept_as: name for name, kept_as in DTYPES.items()}
+_Planned = tuple[str, np.dtype, tuple[int, ...]]
+
+
+def _plan(official: str, shape: tuple[int, ...], name: str, dtype: str) -> Iterator[_Planned]:
+    """What is written of one tensor: names, dtypes and shapes."""
+    if dtype == FLOAT8 and _is_linear(official, shape):
+        yield name, DTYPES["F8_E4M3"], shape
+        yield f"{name.removesuffix('weight')}{_SCALE}", DTYPES["F32"], ()
+    else:
+        yield name, np.dtype(stored_dtype(official, unquantised_dtype(dtype))), shape
+
+
+def _is_linear(official: str, shape: tuple[int, ...]) -> bool:
+    is_weight = official.startswith("blocks.") and official.endswith(".weight")
+    return is_weight and len(shape) == 2
+
+
+def _encode(tensors: Tensors, official: str, dtype: str) -> list[np.ndarray]:
+    """The arrays that ``_plan`` describes."""
+    trained = np.asarray(tensors.read(official))
+    if not np.isfinite(trained.astype(np.float32)).all():
+        raise BadInput(f"{official} has infinite or NaN values; choose an earlier checkpoint")
+    if dtype == FLOAT8 and _is_linear(official, trained.shape):
+        return [np.asarray(part) for part in quantise_layer(trained)]
     with np.errstate(over="ignore"):
-        array = trained.astype(stored_dtype(name, dtype))
+        array = trained.astype(stored_dtype(official, unquantised_dtype(dtype)))
     if not np.isfinite(array.astype(np.float32)).all():
-        why = f"values beyond {dtype}; choose bfloat16"
-        if not np.isfinite(trained.astype(np.float32)).all():
-            why = "infinite or NaN values; choose an earlier checkpoint"
-        raise BadInput(f"{name} has {why}")
-    return array
+        raise BadInput(f"{official} has values beyond {dtype}; choose bfloat16")
+    return [array]

@@ -90,6 +90,13 @@ def read_model_card(folder: Path) -> ModelCard:
     return card
 
 
+def find_model_folder(folder: Path, transformer_digest: str) -> Path | None:
+    """Returns the folder if it is still there and holds this transformer, else None."""
+    if not (folder / _CARD).is_file():
+        return None
+    return folder if read_model_card(folder).digests["transformer"] == transformer_digest else None
+
+
 def write_model_card(folder: Path, card: ModelCard) -> None:
     """Writes model.json, which declares the folder complete."""
     fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(card)}

@@ -28,6 +28,7 @@ from wan22_jax.checkpoint import (
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.full_file import make_metadata, write_full
+from wan22_jax.model_tensors import HeldTensors
 from wan22_jax.stopping import Wish
 from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.cadence import Due
@@ -151,7 +152,9 @@ class Saver:
         weights = flatten_state(evaluation_weights(state))
         if self._config.adapter is None:
             dtype = str(self._config.save_dtype or self._config.model.dtype)
-            write_full(weights, folder / FULL_FILE, dtype=dtype, metadata=make_metadata(meta))
+            write_full(
+                HeldTensors(weights), folder / FULL_FILE, dtype=dtype, metadata=make_metadata(meta)
+            )
             return FULL_FILE
         matrices = {name: np.asarray(array) for name, array in weights.items()}
         write_proven(make_adapter(matrices, meta, source=source), folder / ADAPTER_FILE)

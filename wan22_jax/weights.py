@@ -24,6 +24,7 @@ from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.umt5 import UMT5, UMT5Config
 from wan22_jax.model.vae import VAEConfig, WanVAE
+from wan22_jax.quantised import WeightFiles
 from wan22_jax.tensor_files import SafetensorsFiles, TensorFiles
 
 Network = Literal["transformer", "vae", "text_encoder"]
@@ -313,23 +314,31 @@ class OfficialTensors:
         """Shapes by official name."""
         return {name: self.files.shapes[stored] for name, stored in self.stored_names.items()}
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Reads some rows (leading axis) of the tensor with this official name."""
-        return self.files.read(self.stored_names[name], rows)
+    def read(
+        self, name: str, rows: slice = slice(None), *, dtype: DTypeLike | None = None
+    ) -> np.ndarray:
+        """Reads some rows (leading axis) of the tensor with this official name.
+
+        Raises BadInput if a number is infinite or NaN, or becomes so in ``dtype``.
+        """
+        block = self.files.read(self.stored_names[name], rows)
+        with np.errstate(over="ignore"):
+            cast = block if dtype is None else block.astype(dtype, copy=False)
+        if not _are_finite(cast):
+            why = "infinite or NaN values; download it again"
+            if _are_finite(block):
+                why = f"values beyond {cast.dtype}; choose float32"
+            raise BadInput(f"{self.files.where}: {self.stored_names[name]} has {why}")
+        return cast
 
 
 def name_tensors(files: TensorFiles, network: Network, table: NameTable) -> OfficialTensors:
     """Detects the naming of the files and gives every tensor its official name.
 
-    Raises BadInput if a tensor is not of a floating type that holds weights as they are, or if a
-    tied copy of the text encoder's embedding differs from it.
+    Raises BadInput if a tensor is quantised in a way that ``quantised.WeightFiles`` cannot undo,
+    or if a tied copy of the text encoder's embedding differs from it.
     """
-    for name, kind in files.dtypes.items():
-        if kind not in ("F64", "F32", "F16", "BF16"):
-            raise BadInput(
-                f"{files.where}: {name} is {kind}; quantised weights cannot be read, use the "
-                "float32, float16 or bfloat16 files"
-            )
+    files = WeightFiles(files, network)
     official = table.official_by_stored(files.shapes)
     unknown = [name for name in files.shapes if name not in official]
     tensors = OfficialTensors(files, {ours: stored for stored, ours in official.items()}, ())
@@ -362,10 +371,10 @@ def check_tensors(tensors: OfficialTensors, network: Network, expected: Shapes) 
 def _likely_cause(network: Network, found: Shapes, expected: Shapes) -> str:
     if network == "transformer":
         key = "patch_embedding.weight"
-        dim, channels = found.get(key, (0, 0))[:2]
+        dim, channels = (*found.get(key, ()), 0, 0)[:2]
         if found.get(key) != expected.get(key) and is_other_model(dim, channels):
             return OTHER_MODEL
-    if network == "vae" and found.get("conv2.weight", (0,))[0] == 16:
+    if network == "vae" and found.get("conv2.weight", ())[:1] == (16,):
         return "this is the Wan2.1 VAE (16 latent channels), used by the 14B models; " + _REMEDY
     part = network.replace("_", " ")
     return f"these are not the tensors of the {part} that the config describes; " + _REMEDY
@@ -442,8 +451,19 @@ def _read_stacked(
     tensors: OfficialTensors, name: str, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> np.ndarray:
     if not is_stacked(name):
-        return tensors.read(name).astype(dtype, copy=False)
+        return tensors.read(name, dtype=dtype)
     stacked = np.empty(shape, dtype)
     for layer, official in enumerate(official_names(name, shape)):
-        stacked[layer] = tensors.read(official)
+        stacked[layer] = tensors.read(official, dtype=dtype)
     return stacked
+
+
+def _are_finite(block: np.ndarray) -> bool:
+    if block.dtype != jnp.bfloat16:
+        return bool(np.isfinite(block).all())
+    # NumPy takes four times as long for a dtype that is not its own.
+    magnitudes = block.view(np.uint16) & 0x7FFF
+    return bool((magnitudes < _INFINITE_BFLOAT16).all())
+
+
+_INFINITE_BFLOAT16 = 0x7F80  # and NaN above it

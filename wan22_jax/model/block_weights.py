@@ -94,7 +94,12 @@ def join_adapters(linears: Mapping[str, Linear], *, dtype: DTypeLike) -> Adapter
         linears: all of them, by name within a block.
         dtype: of the rounded adapters.
     """
-    trained = {name: layer.low_rank for name, layer in linears.items()}
+    return join_lows({name: layer.low_rank for name, layer in linears.items()}, dtype=dtype)
+
+
+def join_lows(lows: Mapping[str, LowRank | None], *, dtype: DTypeLike) -> Adapters:
+    """Joins what the adapters of linears add, as ``join_adapters``."""
+    trained = dict(lows)
     for module, names in _JOINED:
         parts = [trained.pop(f"{module}.{name}") for name in names]
         trained[f"{module}.{names}"] = join_low_rank(parts)

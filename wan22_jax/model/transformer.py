@@ -123,8 +123,8 @@ class WanTransformer(nnx.Module):
             raise ValueError(f"text has {num_text} tokens, at most {config.text_len} are allowed")
         dtype = self.patch_embedding.weight.dtype
         x_BLD, grid_TYX = self.patch_embedding(jnp.asarray(latents_BTYXC, dtype))
-        text_BSD = self._embed_text(jnp.asarray(text_BSE, dtype))
-        time_BTD, time_BTMD = self._embed_time(jnp.asarray(sigma_BT, jnp.float32))
+        text_BSD = self.embed_text(jnp.asarray(text_BSE, dtype))
+        time_BTD, time_BTMD = self.embed_time(jnp.asarray(sigma_BT, jnp.float32))
         rope = rope_tables(grid_TYX, config.dim // config.num_heads)
         text = self.blocks.cross_attn.k.activate(text_BSD.reshape(-1, config.dim))
         frozen = nnx.state(self.blocks, nnx.Not(LoRAParam))
@@ -175,14 +175,16 @@ class WanTransformer(nnx.Module):
         for _, layer in self.lora_targets():
             layer.to_float8()
 
-    def _embed_text(self, text_BSE: jax.Array) -> jax.Array:
+    def embed_text(self, text_BSE: jax.Array) -> jax.Array:
+        """Maps text embeddings to [B, text_len, D], as the cross-attention takes them."""
         # The zero rows go through the MLP and become a constant that every query attends to.
         padding = self.config.text_len - text_BSE.shape[1]
         text_BSE = jnp.pad(text_BSE, ((0, 0), (0, padding), (0, 0)))
         hidden_BSD = jax.nn.gelu(self.text_embedding["0"](text_BSE), approximate=True)
         return self.text_embedding["2"](hidden_BSD)
 
-    def _embed_time(self, sigma_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed_time(self, sigma_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the embedding [B, T, D] of the noise levels and their modulation [B, T, 6, D]."""
         wave_BTF = sinusoid(1000 * sigma_BT, self.config.freq_dim)
         time_BTD = self.time_embedding["2"](jax.nn.silu(self.time_embedding["0"](wave_BTF)))
         time_BT6D = self.time_projection["1"](jax.nn.silu(time_BTD))
