@@ -7,12 +7,14 @@ a token (``HF_TOKEN``) and proxies are those of huggingface_hub.
 
 import argparse
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from wan22_jax.errors import BadInput, is_full_disk, run_command
 
@@ -109,9 +111,9 @@ def download(
 
     Raises:
         BadInput: the hub cannot be reached or does not have a file, there is no room for them, or
-            one came with another digest (it is deleted).
+            one came with another digest (it is deleted). What was cut off stays, as ``.partial``.
     """
-    from huggingface_hub import HfApi, RepoFile, hf_hub_download
+    from huggingface_hub import HfApi, RepoFile
 
     api = HfApi(endpoint=endpoint)
     page = f"{api.endpoint}/{layout.repo}"
@@ -121,33 +123,52 @@ def download(
     found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     if lost := [name for name in layout.files if name not in found]:
         raise BadInput(f"{page}: {', '.join(lost)} not there at {revision}; try another --revision")
-    present = {name for name in layout.files if (out / name).is_file()}
-    whole = {name for name in present if _has_digest(out / name, found[name])}
+    whole = {name for name, entry in found.items() if _has_digest(out / name, entry)}
     _check_space(out, [found[name] for name in layout.files if name not in whole])
     for name in layout.files:
         if name in whole:
             continue
+        partial = out / f"{name}.partial"
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with _as_bad_input(page, out, revision):
-            hf_hub_download(
-                layout.repo,
-                name,
-                revision=commit,
-                local_dir=out,
-                endpoint=api.endpoint,
-                force_download=name in present,  # of another commit, or damaged
-            )
-        if not _has_digest(out / name, found[name]):
-            (out / name).unlink()
+            _fetch(layout.repo, name, commit, api.endpoint, partial, size=found[name].size)
+        if not _has_digest(partial, found[name]):
+            partial.unlink()
             raise BadInput(
                 f"{out / name}: came with another digest than the hub states, and was deleted; "
                 "run the same command again"
             )
+        partial.replace(out / name)
     return [out / name for name in layout.files]
+
+
+def _fetch(repo: str, name: str, commit: str, endpoint: str, partial: Path, *, size: int) -> None:
+    """Appends to a partial file what it lacks. The library's own download starts afresh."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
+    location = get_hf_file_metadata(url, endpoint=endpoint, retry_on_errors=True).location
+    headers = build_hf_headers()
+    if urlsplit(location).netloc != urlsplit(endpoint).netloc:  # the token is for the hub alone
+        headers.pop("authorization", None)
+    with partial.open("ab") as file:
+        if file.tell() > size:
+            file.truncate(0)
+        http_get(
+            location,
+            file,
+            resume_size=file.seek(0, os.SEEK_END),
+            headers=headers,
+            expected_size=size,
+            displayed_filename=name,
+        )
 
 
 def _has_digest(file: Path, entry: "RepoFile") -> bool:
     """Compares a file with what the hub says: SHA-256 of a large one, git's hash of a small one."""
-    if file.stat().st_size != entry.size:
+    if not file.is_file() or file.stat().st_size != entry.size:
         return False
     digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {entry.size}\0".encode())
     with file.open("rb") as content:
@@ -158,7 +179,7 @@ def _has_digest(file: Path, entry: "RepoFile") -> bool:
 
 def _check_space(out: Path, entries: "Sequence[RepoFile]") -> None:
     out.mkdir(parents=True, exist_ok=True)
-    begun = sum(path.stat().st_size for path in out.rglob("*.incomplete"))
+    begun = sum(path.stat().st_size for path in out.rglob("*.partial"))
     needed = sum(entry.size for entry in entries) - begun + _SPARE_BYTES
     free = shutil.disk_usage(out).free
     if entries and free < needed:
@@ -190,9 +211,7 @@ def _as_bad_input(page: str, out: Path, revision: str) -> Iterator[None]:
     except (OSError, network_error, ValueError, KeyError, TypeError) as error:
         if is_full_disk(error):
             raise
-        # The library says "check your connection" whatever it was; the cause says what.
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        reason = str(cause or error).strip().splitlines()[:1] or [type(error).__name__]
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise BadInput(
             f"{page}: could not be read ({reason[0]:.200}); run the same command again to go on, "
             f"check network and proxy, set HF_ENDPOINT to a mirror, {by_hand}"
