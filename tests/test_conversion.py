@@ -139,7 +139,9 @@ def verify(official, out, *flags):
 def test_verify_reads_every_tensor_of_both(official, converted, capsys, reads, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        convert.weights, "open_array", lambda path: opened.append(path.name) or open_array(path)
+        convert.weights,
+        "open_array",
+        lambda path, **_: opened.append(path.name) or open_array(path),
     )
     before = {path: path.stat().st_mtime_ns for path in converted[0].rglob("*")}
     assert verify(official, converted[0]) == 0
