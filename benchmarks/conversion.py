@@ -1,6 +1,6 @@
 """How fast is a conversion, and in how much memory? A random official folder, converted.
 
-    python benchmarks/convert.py --folder /tmp/speed --gigabytes 6
+    python benchmarks/conversion.py --folder /tmp/speed --gigabytes 6
 
 makes the folder (layers of the real size, as many as fit into so many GB of float32), converts it
 in a process of its own, whose address space beyond its libraries may be limited (``--limit_gb``),
