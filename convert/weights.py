@@ -289,6 +289,7 @@ def write_network(
         written += lines
         if note:
             note(name, lines)
+    _wait_for_disk(path)
     return sorted(written)
 
 
@@ -298,7 +299,7 @@ _Parts = Mapping[str, ts.TensorStore]  # by official name; a scale is a part too
 def _open_parts(path: Path, plan: Plan) -> dict[str, ts.TensorStore]:
     parts: dict[str, ts.TensorStore] = {}
     for stacked_name, leaf in plan.items():
-        array = open_array(path.absolute() / stacked_name)
+        array = open_array(path.absolute() / stacked_name, sync=False)
         for layer, name in enumerate(official_names(stacked_name, leaf.shape)):
             parts[name] = array[layer] if is_stacked(stacked_name) else array
     return parts
@@ -370,6 +371,15 @@ def _make_blocks(
         return
     for key, block in zip(keys, quantise_layer(tensors.read(name)), strict=True):
         yield key, parts[key], [(..., np.asarray(block))]
+
+
+def _wait_for_disk(path: Path) -> None:
+    for file in path.rglob("*"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _describe_stored(name: str, part: ts.TensorStore) -> str:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -94,7 +95,7 @@ def test_another_source_starts_anew(killed, official, converted, reads, tmp_path
 
 
 def test_the_identity_is_of_files_and_options(official, tmp_path):
-    file = shutil.copy(official / VAE_FILE, tmp_path)
+    file = Path(shutil.copy(official / VAE_FILE, tmp_path))
     first = identify({"vae": [file]}, "float8")
     assert identify({"vae": [file]}, "float8") == first
     assert identify({"vae": [file]}, "float32") != first
@@ -138,7 +139,9 @@ def verify(official, out, *flags):
 def test_verify_reads_every_tensor_of_both(official, converted, capsys, reads, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        convert.weights, "open_array", lambda path: opened.append(path.name) or open_array(path)
+        convert.weights,
+        "open_array",
+        lambda path, **_: opened.append(path.name) or open_array(path),
     )
     before = {path: path.stat().st_mtime_ns for path in converted[0].rglob("*")}
     assert verify(official, converted[0]) == 0

@@ -277,7 +277,7 @@ def test_a_small_disk_is_refused_at_once(official, monkeypatch, tmp_path):
 
 
 def test_a_disk_that_fills_up_is_one_line(official, monkeypatch, capsys, tmp_path):
-    def fail(_):
+    def fail(*_, **__):
         raise ValueError(f"RESOURCE_EXHAUSTED: writing x: {os.strerror(errno.ENOSPC)}")
 
     monkeypatch.setattr(convert.weights, "open_array", fail)

@@ -73,7 +73,7 @@ LAYERS = [
     {"wan22_jax.watch"},
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
-    {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"},
+    {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"} | {"convert.download"},
     {"convert.checkpoints", "convert.progress"},
     {"convert.weights"},
     {"convert.whole_model"},

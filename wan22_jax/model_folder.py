@@ -217,9 +217,16 @@ def fits(card: ModelCard, memory_bytes: int) -> bool:
     return numbers * itemsize + PROMPT_BYTES <= memory_bytes
 
 
-def open_array(path: Path) -> ts.TensorStore:
-    """Opens one array of a network's checkpoint, to read or fill it part by part."""
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+def open_array(path: Path, *, sync: bool = True) -> ts.TensorStore:
+    """Opens one array of a network's checkpoint, to read or fill it part by part.
+
+    Without ``sync`` a write does not wait for the disk: whoever writes must, in the end.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "context": {"file_io_sync": sync},
+    }
     return ts.open(spec, open=True).result()
 
 

@@ -5,13 +5,17 @@ from typing import Any
 _LATER_VERSION = "is not supported by this version yet"
 _DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
 _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
+_CONVERT = (
+    "convert it into the model folder instead: wan22-convert --ckpt_path MODEL --{} FILE --out "
+    "FOLDER, and give that FOLDER as ckpt_path"
+)
 
 # key -> (values that change nothing, why any other value is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter.type": (("lora",), "only low-rank matrices are trained; use 'lora', of higher rank"),
     "model.transformer_dtype": ((None, "bfloat16", "float32", "float8"), _E5M2),
-    "model.transformer_path": ((None,), "put the transformer into the model folder instead"),
-    "model.llm_path": ((None,), "put the text encoder into the model folder instead"),
+    "model.transformer_path": ((None,), _CONVERT.format("transformer")),
+    "model.llm_path": ((None,), _CONVERT.format("text_encoder")),
     "model.cache_text_embeddings": ((True,), "text embeddings are always cached; leave it out"),
     "model.text_encoder_fp8": (
         (False,),
