@@ -13,6 +13,8 @@ The random bits are a function of (seed, step, name of the weight, position in i
 """
 
 import hashlib
+import re
+import zlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,7 +64,8 @@ def round_to_bfloat16(
         return RoundedState(jnp.zeros((), jnp.int32), state, lost)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
-        words = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), state.step))
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        words = _draw_words(key, params)
         narrow = _narrow_paths(params)
         to_wide = lambda leaf: leaf.astype(jnp.float32)  # noqa: E731
         wide_state = jax.tree.map(
@@ -136,10 +139,31 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _salt(words: jax.Array, path: tuple) -> jax.Array:
-    # Not jax.random.fold_in, whose hundred operations XLA would compile for each of 2,500 arrays.
-    digest = hashlib.blake2b(jax.tree_util.keystr(path).encode(), digest_size=8).digest()
-    return words ^ np.frombuffer(digest, "<u4")
+def _draw_words(key: jax.Array, params: Any) -> dict[str, jax.Array]:
+    """Two random words for each block, and for what is in none.
+
+    The barrier has them read from memory: were they a part of the kernels that round, XLA would
+    compile each of 2,500 arrays' anew, and not once for the arrays of one shape in all blocks.
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    blocks = sorted({_split_path(path)[0] for path, _ in paths})
+    words = {
+        b: jax.random.key_data(jax.random.fold_in(key, zlib.crc32(b.encode()))) for b in blocks
+    }
+    return jax.lax.optimization_barrier(words)
+
+
+def _salt(words: dict[str, jax.Array], path: tuple) -> jax.Array:
+    """The words of an array: of its block and, of all blocks alike, its name."""
+    block, name = _split_path(path)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return words[block] ^ np.frombuffer(digest, "<u4")
+
+
+def _split_path(path: tuple) -> tuple[str, str]:
+    name = jax.tree_util.keystr(path)
+    block = re.search(r"blocks\.(\d+)\.", name)
+    return (block[1], name.replace(block[0], "")) if block else ("", name)
 
 
 def _narrow_paths(params: Any) -> list[tuple]:
