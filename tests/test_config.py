@@ -90,6 +90,8 @@ def test_an_override_wins_over_the_file():
         ("adapter.targets=[{pattern='blocks.[0-9].ffn.0'}]", "fits ffn.0 in some blocks only"),
         ("adapter.targets=[{pattern='q'}]", "targets pattern 'q' is none of the linears"),
         ("adapter.targets=[{rank=2}]", "key adapter.targets.0.pattern is missing"),
+        ("model.transformer_path='x'", "wan22-convert --ckpt_path MODEL --transformer FILE --out"),
+        ("model.llm_path='x'", "wan22-convert --ckpt_path MODEL --text_encoder FILE --out FOLDER"),
         ("model.transformer_dtype='float8_e5m2'", "e5m2 keeps two bits of a weight's mantissa"),
         ("model=3", "key model: "),
         ("huber_delta=0.0", "key huber_delta: Input should be greater than 0"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,6 +27,7 @@ from wan22_jax.model_folder import read_model_card
 from wan22_jax.text import load_tokenizer
 from wan22_jax.weights import text_encoder_names
 
+SPIECE = Path(__file__).parent / "golden" / "spiece.npz"
 E4M3 = ml_dtypes.float8_e4m3fn
 # Heads of 128, as where there is no config to say so.
 TRANSFORMER = TransformerConfig(
@@ -88,7 +90,7 @@ def quantised(folder):
 
 
 def write_scaled_text_encoder(folder, file):
-    with np.load("tests/golden/spiece.npz") as golden:
+    with np.load(SPIECE) as golden:
         tensors = {"scaled_fp8": np.zeros(0, E4M3), "spiece_model": golden["model"]}
     for name, (weight, scale) in quantised(folder).items():
         theirs = text_encoder_names().to_diffusers(name)
@@ -172,7 +174,7 @@ def test_a_config_beside_the_file_wins(official, tmp_path):
 
 
 def test_a_tokenizer_folder_with_the_model_alone_gets_its_json(official, tmp_path):
-    with np.load("tests/golden/spiece.npz") as golden:
+    with np.load(SPIECE) as golden:
         (tmp_path / "spiece.model").write_bytes(golden["model"].tobytes())
     for place in (tmp_path, tmp_path / "spiece.model"):
         found = open_checkpoint(Sources(official, tokenizer=place))
