@@ -6,8 +6,8 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 EXTRA := $(if $(filter-out 0,$(GPU)),cuda12,)
 comma := ,
 SOURCES := wan22_jax convert tests benchmarks
-# Two workers; a file's tests share what they compile.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers; a file's tests share what they compile. In the order that tests/conftest.py gives.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 GOLDEN := $(wildcard tests/golden/make_*.py)
 
 .PHONY: install demo test long lint parity golden clean

@@ -17,6 +17,19 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A worker that began one of these last would be alone for minutes.
+_LONGEST = (
+    "whole_runs", "step", "train", "full", "demo", "resume", "saving", "encode_benchmark", "calls",
+    "averages", "diffusion_pipe_configs", "examples", "convert", "conversion", "sources",
+    "export_formats", "lora_tools", "sample_command", "evaluate", "data_fuzz", "remat", "vae",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has the files that take longest begin first."""
+    first = {f"test_{name}.py": index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
