@@ -133,7 +133,10 @@ def test_a_fresh_lora_changes_nothing_until_b_moves(files, model):
     fresh = load_transformer(files["official"], CONFIG)
     fresh.add_lora(jax.random.key(0), rank=RANK, alpha=ALPHA)
     inputs = draw_inputs("mixed")
-    np.testing.assert_array_equal(predict(fresh, *inputs), predict(model, *inputs))
+    # Not compiled as a whole, since the compiler may fuse two programs in two ways.
+    with jax.disable_jit():
+        found, wanted = (each(*map(jnp.asarray, inputs)) for each in (fresh, model))
+    np.testing.assert_array_equal(found, wanted)
     gradients = {
         name: np.asarray(gradient)
         for name, gradient in flatten(differentiate(fresh, LoRAParam, *inputs)[0]).items()
