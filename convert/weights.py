@@ -35,7 +35,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, Sources, open_checkpoint
-from convert.progress import Progress, identify, open_progress, used_bytes
+from convert.progress import Progress, identify, open_progress, replace_folder, used_bytes
 from wan22_jax.errors import BadInput, is_full_disk, run_command
 from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
@@ -113,7 +113,8 @@ def convert(
     _check_out(out, overwrite=overwrite)
     source = open_checkpoint(sources)
     plans = plan_networks(source, dtype)
-    partial = out.with_name(out.name + ".partial")
+    target = out.resolve()  # a link is followed
+    partial = target.with_name(target.name + ".partial")
     _check_space(partial, plans, source.tokenizer)
     identity = identify(
         {network: getattr(source, network).files.paths for network in NETWORKS},
@@ -121,9 +122,7 @@ def convert(
     )
     with open_progress(partial, identity) as progress, _full_disk_as_os_error(partial):
         card = _write(source, plans, partial, progress, dtype=dtype, name=str(sources))
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    replace_folder(partial, out)
     return card
 
 

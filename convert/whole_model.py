@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from flax import nnx
 from tqdm import tqdm
 
+from convert.progress import replace_folder
 from convert.weights import digest_network, digest_networks, write_network
 from wan22_jax.errors import BadInput
 from wan22_jax.full_file import count_bytes, write_full
@@ -109,7 +110,7 @@ def write_model(
         BadInput: ``out`` exists, the base model's folder is needed, values that the dtype cannot
             hold, or what was written is not what was trained. Nothing stays then.
     """
-    _check_out(out, kind, overwrite=overwrite)
+    _check_out(out, kind, base=model.folder, overwrite=overwrite)
     dtype = FLOAT8 if kind == "fp8_scaled" else dtype
     card = None if model.folder is None else read_model_card(model.folder)
     if kind in ("official", "fp8_scaled"):
@@ -183,12 +184,14 @@ def diffusers_vae_config(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _check_out(out: Path, kind: Format, *, overwrite: bool) -> None:
+def _check_out(out: Path, kind: Format, *, base: Path | None, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
-    if not out.is_dir():
-        return
+    if base is not None and out.resolve() == base.resolve():
+        raise BadInput(f"{out}: is the base model, so it is not replaced; choose another --out")
     marks = {"model": "model.json", "diffusers": "transformer/config.json"}
+    if not out.exists() or (out.is_file() and kind not in marks):
+        return
     if kind not in marks or not (out / marks[kind]).is_file():
         raise BadInput(f"{out}: is no folder of this kind, so it is not replaced; choose another")
 
@@ -196,13 +199,15 @@ def _check_out(out: Path, kind: Format, *, overwrite: bool) -> None:
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """Gives a path to write to, which gets its name if nothing fails, and else is removed."""
+    out = out.resolve()  # a link is followed
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     _remove(partial)  # of an export that was killed
     try:
         yield partial
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        if partial.is_dir():
+            replace_folder(partial, out)
+        else:
+            partial.replace(out)
     finally:
         _remove(partial)
 
