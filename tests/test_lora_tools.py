@@ -113,6 +113,53 @@ def test_a_lora_in_eight_bits_is_refused(tmp_path, capsys):
     refuses(capsys, r"small\.safetensors: .*lora_A\.weight is F8_E4M3; a LoRA of 16", *words)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda name, m: m[:, :0] if "lora_A" in name else m[:, :, :0],
+            r"lora_A is empty, \[2, 0,",
+        ),
+        (lambda name, m: m[:, :, :0] if "lora_A" in name else m, r"lora_A is empty, \[2, 4, 0\]"),
+        (
+            lambda name, m: m * np.float32(np.nan) if "ffn.2" in name else m,
+            r"ffn\.2\.lora_A has inf",
+        ),
+        (None, r"cross_attn\.k\.alpha is inf, a number"),
+    ],
+)
+@pytest.mark.parametrize("words", [("convert",), ("resize", "--energy", 1), ("merge",)])
+def test_a_lora_without_sensible_numbers_is_refused(
+    change, complaint, words, files, tmp_path, capsys
+):
+    tensors = to_tensors(files.adapter, "kohya")
+    if change is None:
+        tensors |= {n: np.array(np.inf, np.float32) for n in tensors if n.endswith("alpha")}
+    else:
+        matrices = {name: change(name, m) for name, m in files.adapter.matrices.items()}
+        # As Diffusers' dialect, since the tensors of the others need a scale.
+        tensors = to_tensors(Adapter(matrices, files.adapter.alphas, {}, ""), "diffusers")
+    safetensors.numpy.save_file(tensors, tmp_path / "bad.safetensors")
+    words = (*words, "--lora", tmp_path / "bad.safetensors", "--out", tmp_path / "out.safetensors")
+    refuses(capsys, rf"bad\.safetensors: .*{complaint}", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_lora_that_does_not_fit_its_model_is_refused(files, tmp_path, capsys):
+    three = {name: np.concatenate([m, m[:1]]) for name, m in files.adapter.matrices.items()}
+    narrow = {
+        name: m[..., :24] if "_A" in name else m for name, m in files.adapter.matrices.items()
+    }
+    for matrices, wrong in ((three, r"\[3, \d, 48\]"), (narrow, r"\[2, \d, 24\]")):
+        lora = tmp_path / "strange.safetensors"
+        write_adapter(Adapter(matrices, files.adapter.alphas, {}, ""), lora)
+        for words in (("convert",), ("resize", "--rank", 2)):
+            flags = (*words, "--lora", lora, "--model", files.model)
+            wanted = rf"not a LoRA of this model \(\S+ is {wrong}, the model takes \[2, "
+            refuses(capsys, wanted, *flags, "--out", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["strange.safetensors"]
+
+
 # --- resize ---------------------------------------------------------------------------------------
 
 
