@@ -88,6 +88,10 @@ def test_convert_keeps_every_bit_through_all_dialects(files, tmp_path, capsys):
 def test_convert_refuses_what_it_cannot_write_or_read(files, tmp_path, capsys):
     refuses(capsys, "exists already", "convert", "--lora", files.lora, "--out", files.other)
     assert load_adapter(files.other).alphas == {"self_attn.q": 6.0, "ffn.0": 3.0}
+    (tmp_path / "folder.safetensors").mkdir()
+    words = ("convert", "--lora", files.lora, "--out", tmp_path / "folder.safetensors")
+    refuses(capsys, r"folder\.safetensors: is a folder, so", *words, "--overwrite")
+    (tmp_path / "folder.safetensors").rmdir()
     out = tmp_path / "out.safetensors"
     words = ("convert", "--lora", files.lora, "--out", tmp_path / "out.pt")
     refuses(capsys, r"must end in \.safetensors", *words)
@@ -280,7 +284,10 @@ def tuned(files, tmp_path_factory) -> Path:
 
 def test_extract_finds_the_lora_that_was_merged(files, tuned, tmp_path, capsys):
     out = tmp_path / "found.safetensors"
-    words = ("extract", "--base", files.model, "--tuned", tuned, "--rank", 3, "--dtype", "float32")
+    (tmp_path / "tuned" / "transformer").mkdir(parents=True)  # as Diffusers has it
+    (tmp_path / "tuned" / "transformer" / "x.safetensors").symlink_to(tuned)
+    words = ("extract", "--base", files.model, "--tuned", tmp_path / "tuned", "--rank", 3)
+    words += ("--dtype", "float32")
     assert run(*words, "--out", out) == 0
     said = capsys.readouterr().out
     assert "warning: 1 other tensors differ, which a LoRA cannot hold: head.head.bias" in said
@@ -321,6 +328,10 @@ def test_extract_refuses_models_that_it_cannot_compare(files, tuned, tmp_path, c
     )
     refuses(capsys, complaint, *words, tmp_path / "less.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+    content = tuned.read_bytes()
+    words = ("extract", "--base", files.model, "--tuned", tuned, "--out", tuned, "--overwrite")
+    refuses(capsys, r"tuned\.safetensors: is a model to read, so it is not", *words)
+    assert tuned.read_bytes() == content
 
 
 def test_a_large_difference_is_decomposed_as_well_as_by_an_exact_svd():
