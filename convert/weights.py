@@ -45,6 +45,7 @@ from wan22_jax.model_folder import (
     NETWORKS,
     ModelCard,
     abstract_transformer,
+    check_arrays,
     open_array,
     quantise_layer,
     read_model_card,
@@ -140,10 +141,12 @@ def verify(sources: Path | Sources, out: Path, *, dtype: str | None = None) -> i
     for network, config in source.configs.items():
         if getattr(card, network) != config:
             raise BadInput(f"{out}: its {network} has other sizes than the source; {remedy}")
-    tokenizer = {file.name: file.read_bytes() for file in tokenizer_folder(out).iterdir()}
+    tokenizer = {file.name: file.read_bytes() for file in tokenizer_folder(out).glob("*")}
     if tokenizer != source.tokenizer:
         raise BadInput(f"{out}: its tokenizer is not that of the source; {remedy}")
     plans = plan_networks(source, card.dtype)
+    for network, plan in plans.items():
+        check_arrays(out / network, {name: leaf.shape for name, leaf in plan.items()})
     count = 0
     with _make_bar(plans) as bar:
         for network in NETWORKS:

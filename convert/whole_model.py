@@ -34,6 +34,7 @@ from wan22_jax.model_folder import (
     FLOAT8,
     ModelCard,
     abstract_transformer,
+    check_arrays,
     open_array,
     read_model_card,
     write_model_card,
@@ -244,6 +245,7 @@ def _write_diffusers(partial: Path, model: WholeModel, card: ModelCard, *, dtype
     config = diffusers_transformer_config(card.transformer)
     _write_shards(partial / "transformer", model.tensors, names, config, dtype=dtype)
     module = nnx.eval_shape(lambda: WanVAE(card.vae, rngs=nnx.Rngs(0)))
+    check_arrays(model.folder / "vae", stacked_shapes(module))
     arrays = {
         name: open_array((model.folder / "vae").absolute() / name).read().result()
         for name in stacked_shapes(module)
@@ -291,6 +293,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_folder(partial: Path, model: WholeModel, base: ModelCard, *, dtype: str) -> str:
     assert model.folder is not None
+    parts = ("vae", "text_encoder", "tokenizer")
+    if lost := [name for name in parts if not (model.folder / name).is_dir()]:
+        raise BadInput(
+            f"{model.folder}: has no {', '.join(lost)}; run wan22-convert again with --overwrite"
+        )
     file = partial / "transformer.safetensors"
     write_full(model.tensors, file, dtype=dtype, metadata={"format": "pt"})
     module = abstract_transformer(base.transformer, float8=False)
@@ -300,7 +307,7 @@ def _write_folder(partial: Path, model: WholeModel, base: ModelCard, *, dtype: s
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="transformer") as bar:
         lines = write_network(tensors, plan, partial.absolute() / "transformer", bar)
     file.unlink()
-    for name in ("vae", "text_encoder", "tokenizer"):
+    for name in parts:
         shutil.copytree(model.folder / name, partial / name, copy_function=_link)
     digests = {**base.digests, "transformer": digest_network(base.transformer, lines)}
     card = replace(

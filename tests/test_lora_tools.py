@@ -1,6 +1,7 @@
 """wan22-lora: what each tool writes is what its matrices say, and its refusals name the culprit."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -332,6 +333,25 @@ def test_extract_refuses_models_that_it_cannot_compare(files, tuned, tmp_path, c
     words = ("extract", "--base", files.model, "--tuned", tuned, "--out", tuned, "--overwrite")
     refuses(capsys, r"tuned\.safetensors: is a model to read, so it is not", *words)
     assert tuned.read_bytes() == content
+
+
+def test_a_model_folder_with_a_lost_part_is_refused(files, tuned, tmp_path, capsys):
+    """TensorStore would read zeros."""
+    model = shutil.copytree(files.model, tmp_path / "model")
+    part = model / "transformer" / "blocks.ffn.0.weight" / "1.0.0"
+    part.unlink()
+    out = tmp_path / "out.safetensors"
+    for words in (
+        ("extract", "--base", model, "--tuned", tuned),
+        ("merge", "--lora", files.lora, "--model", model),
+        ("convert", "--lora", files.lora, "--model", model),
+    ):
+        refuses(capsys, r"blocks\.ffn\.0\.weight/1\.0\.0: this part", *words, "--out", out)
+    shutil.copy(files.model / "transformer" / "blocks.ffn.0.weight" / "1.0.0", part)
+    shutil.rmtree(model / "tokenizer")
+    words = ("merge", "--lora", files.lora, "--model", model, "--out", tmp_path / "merged")
+    refuses(capsys, "model: has no tokenizer; run wan22-convert", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_large_difference_is_decomposed_as_well_as_by_an_exact_svd():
