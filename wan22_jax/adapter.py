@@ -315,7 +315,7 @@ def _read_file(path: Path) -> Adapter:
     if config.is_file() and any(name.startswith(PEFT_PREFIX) for name in tensors):
         try:
             peft = json.loads(config.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{config}: is not JSON ({error}); copy it again") from None
     return from_tensors(tensors, metadata=files.metadata, source=str(path), peft=peft)
 
