@@ -16,6 +16,7 @@ Each network may also come from a place of its own, a file or a folder in any la
 is, its content says, not its name.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -290,7 +291,17 @@ def _read_tokenizer(sources: Sources, text_encoder: TensorFiles) -> dict[str, by
         )
     if _TOKENIZER not in files:
         files[_TOKENIZER] = make_tokenizer_json(files[_SPIECE], place)
+    _check_tokenizer(files[_TOKENIZER], place)
     return dict(sorted(files.items()))
+
+
+def _check_tokenizer(content: bytes, place: Path) -> None:
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{place}: {_TOKENIZER} is no JSON ({error}); download it again") from error
+    if not isinstance(fields, dict) or "model" not in fields:
+        raise BadInput(f"{place}: is no tokenizer; give {_TOKENIZER} or {_SPIECE} of umT5")
 
 
 def _find_tokenizer(place: Path) -> Path | None:

@@ -96,6 +96,8 @@ def check_lora_file(out: Path, *, overwrite: bool) -> None:
         raise BadInput(f"{out}: the name of a LoRA file must end in .safetensors")
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
+    if out.is_dir():
+        raise BadInput(f"{out}: is a folder, so it is not replaced; choose another name")
 
 
 def describe_file(out: Path, proven: Proven, dialect: Dialect) -> str:

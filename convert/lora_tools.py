@@ -139,6 +139,8 @@ def _extract(args: argparse.Namespace) -> None:
     check_lora_file(args.out, overwrite=args.overwrite)
     if args.rank < 1:
         raise BadInput(f"--rank: 1 or more expected, got {args.rank}")
+    if args.out.resolve() in (args.base.resolve(), args.tuned.resolve()):
+        raise BadInput(f"{args.out}: is a model to read, so it is not replaced; choose another")
     base, tuned = _open_model(args.base), _open_model(args.tuned)
     differing = [
         f"{name} is {_shape(base, name)} and {_shape(tuned, name)}"
@@ -223,6 +225,8 @@ def _open_model(path: Path) -> Tensors:
         return FolderTensors(path)
     if not path.exists():
         raise BadInput(f"{path}: no such model folder or file")
+    if (path / "transformer").is_dir():
+        path = path / "transformer"
     tensors = name_tensors(SafetensorsFiles(path), "transformer", transformer_names())
     if tensors.unknown or not tensors.shapes:
         unknown = ", ".join(tensors.unknown[:3]) or "it holds no tensors"

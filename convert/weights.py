@@ -35,7 +35,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, Sources, open_checkpoint
-from convert.progress import Progress, identify, open_progress, used_bytes
+from convert.progress import Progress, identify, open_progress, replace_folder, used_bytes
 from wan22_jax.errors import BadInput, is_full_disk, run_command
 from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
@@ -45,6 +45,7 @@ from wan22_jax.model_folder import (
     NETWORKS,
     ModelCard,
     abstract_transformer,
+    check_arrays,
     open_array,
     quantise_layer,
     read_model_card,
@@ -113,7 +114,8 @@ def convert(
     _check_out(out, overwrite=overwrite)
     source = open_checkpoint(sources)
     plans = plan_networks(source, dtype)
-    partial = out.with_name(out.name + ".partial")
+    target = out.resolve()  # a link is followed
+    partial = target.with_name(target.name + ".partial")
     _check_space(partial, plans, source.tokenizer)
     identity = identify(
         {network: getattr(source, network).files.paths for network in NETWORKS},
@@ -121,9 +123,7 @@ def convert(
     )
     with open_progress(partial, identity) as progress, _full_disk_as_os_error(partial):
         card = _write(source, plans, partial, progress, dtype=dtype, name=str(sources))
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    replace_folder(partial, out)
     return card
 
 
@@ -141,10 +141,12 @@ def verify(sources: Path | Sources, out: Path, *, dtype: str | None = None) -> i
     for network, config in source.configs.items():
         if getattr(card, network) != config:
             raise BadInput(f"{out}: its {network} has other sizes than the source; {remedy}")
-    tokenizer = {file.name: file.read_bytes() for file in tokenizer_folder(out).iterdir()}
+    tokenizer = {file.name: file.read_bytes() for file in tokenizer_folder(out).glob("*")}
     if tokenizer != source.tokenizer:
         raise BadInput(f"{out}: its tokenizer is not that of the source; {remedy}")
     plans = plan_networks(source, card.dtype)
+    for network, plan in plans.items():
+        check_arrays(out / network, {name: leaf.shape for name, leaf in plan.items()})
     count = 0
     with _make_bar(plans) as bar:
         for network in NETWORKS:

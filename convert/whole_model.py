@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from flax import nnx
 from tqdm import tqdm
 
+from convert.progress import replace_folder
 from convert.weights import digest_network, digest_networks, write_network
 from wan22_jax.errors import BadInput
 from wan22_jax.full_file import count_bytes, write_full
@@ -33,6 +34,7 @@ from wan22_jax.model_folder import (
     FLOAT8,
     ModelCard,
     abstract_transformer,
+    check_arrays,
     open_array,
     read_model_card,
     write_model_card,
@@ -109,7 +111,7 @@ def write_model(
         BadInput: ``out`` exists, the base model's folder is needed, values that the dtype cannot
             hold, or what was written is not what was trained. Nothing stays then.
     """
-    _check_out(out, kind, overwrite=overwrite)
+    _check_out(out, kind, base=model.folder, overwrite=overwrite)
     dtype = FLOAT8 if kind == "fp8_scaled" else dtype
     card = None if model.folder is None else read_model_card(model.folder)
     if kind in ("official", "fp8_scaled"):
@@ -183,12 +185,14 @@ def diffusers_vae_config(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _check_out(out: Path, kind: Format, *, overwrite: bool) -> None:
+def _check_out(out: Path, kind: Format, *, base: Path | None, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
-    if not out.is_dir():
-        return
+    if base is not None and out.resolve() == base.resolve():
+        raise BadInput(f"{out}: is the base model, so it is not replaced; choose another --out")
     marks = {"model": "model.json", "diffusers": "transformer/config.json"}
+    if not out.exists() or (out.is_file() and kind not in marks):
+        return
     if kind not in marks or not (out / marks[kind]).is_file():
         raise BadInput(f"{out}: is no folder of this kind, so it is not replaced; choose another")
 
@@ -196,13 +200,15 @@ def _check_out(out: Path, kind: Format, *, overwrite: bool) -> None:
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """Gives a path to write to, which gets its name if nothing fails, and else is removed."""
+    out = out.resolve()  # a link is followed
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     _remove(partial)  # of an export that was killed
     try:
         yield partial
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        if partial.is_dir():
+            replace_folder(partial, out)
+        else:
+            partial.replace(out)
     finally:
         _remove(partial)
 
@@ -239,6 +245,7 @@ def _write_diffusers(partial: Path, model: WholeModel, card: ModelCard, *, dtype
     config = diffusers_transformer_config(card.transformer)
     _write_shards(partial / "transformer", model.tensors, names, config, dtype=dtype)
     module = nnx.eval_shape(lambda: WanVAE(card.vae, rngs=nnx.Rngs(0)))
+    check_arrays(model.folder / "vae", stacked_shapes(module))
     arrays = {
         name: open_array((model.folder / "vae").absolute() / name).read().result()
         for name in stacked_shapes(module)
@@ -286,6 +293,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_folder(partial: Path, model: WholeModel, base: ModelCard, *, dtype: str) -> str:
     assert model.folder is not None
+    parts = ("vae", "text_encoder", "tokenizer")
+    if lost := [name for name in parts if not (model.folder / name).is_dir()]:
+        raise BadInput(
+            f"{model.folder}: has no {', '.join(lost)}; run wan22-convert again with --overwrite"
+        )
     file = partial / "transformer.safetensors"
     write_full(model.tensors, file, dtype=dtype, metadata={"format": "pt"})
     module = abstract_transformer(base.transformer, float8=False)
@@ -295,7 +307,7 @@ def _write_folder(partial: Path, model: WholeModel, base: ModelCard, *, dtype: s
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="transformer") as bar:
         lines = write_network(tensors, plan, partial.absolute() / "transformer", bar)
     file.unlink()
-    for name in ("vae", "text_encoder", "tokenizer"):
+    for name in parts:
         shutil.copytree(model.folder / name, partial / name, copy_function=_link)
     digests = {**base.digests, "transformer": digest_network(base.transformer, lines)}
     card = replace(

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -168,6 +169,26 @@ def test_verify_names_the_tensor_that_differs(chunk, named, official, converted,
     flip_bit(out / chunk)
     assert verify(official, out) == 2
     assert f"out: {named} differs from the source; convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        (
+            "transformer/blocks.ffn.0.weight/1.0.0",
+            r"ffn\.0\.weight/1\.0\.0: this part .* is missing",
+        ),
+        ("vae/conv2.bias/.zarray", "vae: "),
+        ("text_encoder/_METADATA", "text_encoder: an Orbax checkpoint was expected"),
+        ("tokenizer/tokenizer.json", "its tokenizer is not that of the source"),
+    ],
+)
+def test_verify_names_what_is_lost(lost, named, official, converted, capsys, tmp_path):
+    out = shutil.copytree(converted[0], tmp_path / "out")
+    (out / lost).unlink()
+    assert verify(official, out) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert re.search(named, line), line
 
 
 def test_verify_compares_scales_sizes_and_tokenizer(official, converted, capsys, tmp_path):

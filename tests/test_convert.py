@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import convert.weights
+from convert.progress import replace_folder
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, weights
@@ -300,6 +301,25 @@ def test_an_existing_out_is_kept(official, converted, tmp_path):
     (out / "model.json").write_text("{}")
     assert convert_folder(official, out, overwrite=True).digest == converted[1].digest
     assert not (out / "mine.txt").exists()
+    (out / "mine.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(out)
+    convert_folder(official, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert not (out / "mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_an_existing_folder_goes_only_once_the_other_has_its_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "lost", tmp_path / "out")
+    assert (tmp_path / "out" / "old").is_file()
+    (tmp_path / ".out.old").mkdir()  # of a run that was killed
+    (tmp_path / "partial").mkdir()
+    replace_folder(tmp_path / "partial", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # Bad input

@@ -223,8 +223,18 @@ def test_a_merged_lora_in_each_format(runs, tmp_path, capsys, monkeypatch):
     exists, other = capsys.readouterr().err.splitlines()
     assert "exists already" in exists
     assert "no folder of this kind, so it is not replaced" in other
-    assert run(*words, folder, "--format", "diffusers", "--overwrite") == 0
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "old").touch()
+    assert run(*words, tmp_path / "link", "--format", "diffusers", "--overwrite") == 0
+    assert not (folder / "old").exists()
+    assert (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*"))
+    card = (runs.model / "model.json").read_bytes()
+    for out, complaint in ((runs.model, "is the base model"), (folder / "a", "is no folder of")):
+        (folder / "a").touch()
+        assert run(*words, out, "--format", "model", "--overwrite") == 2
+        assert complaint in capsys.readouterr().err
+    assert (runs.model / "model.json").read_bytes() == card
 
 
 def test_a_model_that_computes_something_else_is_deleted(runs, tmp_path, capsys, monkeypatch):

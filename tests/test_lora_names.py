@@ -128,6 +128,7 @@ def test_the_alpha_of_peft_is_in_the_config_beside_its_file(config, alpha, tmp_p
     [
         ({"r": 4, "lora_alpha": 4}, r"rank 4 stated for blocks\.0\.attn1\.to_q, its matrices have"),
         ({"lora_alpha": 4}, "r and lora_alpha expected"),
+        ({"r": 3, "lora_alpha": 10**400}, "r and lora_alpha expected"),
     ],
 )
 def test_a_peft_config_that_does_not_fit_is_refused(config, complaint, tmp_path: Path):

@@ -1,6 +1,7 @@
 """wan22-lora: what each tool writes is what its matrices say, and its refusals name the culprit."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,10 @@ def test_convert_keeps_every_bit_through_all_dialects(files, tmp_path, capsys):
 def test_convert_refuses_what_it_cannot_write_or_read(files, tmp_path, capsys):
     refuses(capsys, "exists already", "convert", "--lora", files.lora, "--out", files.other)
     assert load_adapter(files.other).alphas == {"self_attn.q": 6.0, "ffn.0": 3.0}
+    (tmp_path / "folder.safetensors").mkdir()
+    words = ("convert", "--lora", files.lora, "--out", tmp_path / "folder.safetensors")
+    refuses(capsys, r"folder\.safetensors: is a folder, so", *words, "--overwrite")
+    (tmp_path / "folder.safetensors").rmdir()
     out = tmp_path / "out.safetensors"
     words = ("convert", "--lora", files.lora, "--out", tmp_path / "out.pt")
     refuses(capsys, r"must end in \.safetensors", *words)
@@ -111,6 +116,53 @@ def test_a_lora_in_eight_bits_is_refused(tmp_path, capsys):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     words = ("convert", "--lora", path, "--out", tmp_path / "out.safetensors")
     refuses(capsys, r"small\.safetensors: .*lora_A\.weight is F8_E4M3; a LoRA of 16", *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda name, m: m[:, :0] if "lora_A" in name else m[:, :, :0],
+            r"lora_A is empty, \[2, 0,",
+        ),
+        (lambda name, m: m[:, :, :0] if "lora_A" in name else m, r"lora_A is empty, \[2, 4, 0\]"),
+        (
+            lambda name, m: m * np.float32(np.nan) if "ffn.2" in name else m,
+            r"ffn\.2\.lora_A has inf",
+        ),
+        (None, r"cross_attn\.k\.alpha is inf, a number"),
+    ],
+)
+@pytest.mark.parametrize("words", [("convert",), ("resize", "--energy", 1), ("merge",)])
+def test_a_lora_without_sensible_numbers_is_refused(
+    change, complaint, words, files, tmp_path, capsys
+):
+    tensors = to_tensors(files.adapter, "kohya")
+    if change is None:
+        tensors |= {n: np.array(np.inf, np.float32) for n in tensors if n.endswith("alpha")}
+    else:
+        matrices = {name: change(name, m) for name, m in files.adapter.matrices.items()}
+        # As Diffusers' dialect, since the tensors of the others need a scale.
+        tensors = to_tensors(Adapter(matrices, files.adapter.alphas, {}, ""), "diffusers")
+    safetensors.numpy.save_file(tensors, tmp_path / "bad.safetensors")
+    words = (*words, "--lora", tmp_path / "bad.safetensors", "--out", tmp_path / "out.safetensors")
+    refuses(capsys, rf"bad\.safetensors: .*{complaint}", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_lora_that_does_not_fit_its_model_is_refused(files, tmp_path, capsys):
+    three = {name: np.concatenate([m, m[:1]]) for name, m in files.adapter.matrices.items()}
+    narrow = {
+        name: m[..., :24] if "_A" in name else m for name, m in files.adapter.matrices.items()
+    }
+    for matrices, wrong in ((three, r"\[3, \d, 48\]"), (narrow, r"\[2, \d, 24\]")):
+        lora = tmp_path / "strange.safetensors"
+        write_adapter(Adapter(matrices, files.adapter.alphas, {}, ""), lora)
+        for words in (("convert",), ("resize", "--rank", 2)):
+            flags = (*words, "--lora", lora, "--model", files.model)
+            wanted = rf"not a LoRA of this model \(\S+ is {wrong}, the model takes \[2, "
+            refuses(capsys, wanted, *flags, "--out", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["strange.safetensors"]
 
 
 # --- resize ---------------------------------------------------------------------------------------
@@ -233,7 +285,10 @@ def tuned(files, tmp_path_factory) -> Path:
 
 def test_extract_finds_the_lora_that_was_merged(files, tuned, tmp_path, capsys):
     out = tmp_path / "found.safetensors"
-    words = ("extract", "--base", files.model, "--tuned", tuned, "--rank", 3, "--dtype", "float32")
+    (tmp_path / "tuned" / "transformer").mkdir(parents=True)  # as Diffusers has it
+    (tmp_path / "tuned" / "transformer" / "x.safetensors").symlink_to(tuned)
+    words = ("extract", "--base", files.model, "--tuned", tmp_path / "tuned", "--rank", 3)
+    words += ("--dtype", "float32")
     assert run(*words, "--out", out) == 0
     said = capsys.readouterr().out
     assert "warning: 1 other tensors differ, which a LoRA cannot hold: head.head.bias" in said
@@ -274,6 +329,29 @@ def test_extract_refuses_models_that_it_cannot_compare(files, tuned, tmp_path, c
     )
     refuses(capsys, complaint, *words, tmp_path / "less.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+    content = tuned.read_bytes()
+    words = ("extract", "--base", files.model, "--tuned", tuned, "--out", tuned, "--overwrite")
+    refuses(capsys, r"tuned\.safetensors: is a model to read, so it is not", *words)
+    assert tuned.read_bytes() == content
+
+
+def test_a_model_folder_with_a_lost_part_is_refused(files, tuned, tmp_path, capsys):
+    """TensorStore would read zeros."""
+    model = shutil.copytree(files.model, tmp_path / "model")
+    part = model / "transformer" / "blocks.ffn.0.weight" / "1.0.0"
+    part.unlink()
+    out = tmp_path / "out.safetensors"
+    for words in (
+        ("extract", "--base", model, "--tuned", tuned),
+        ("merge", "--lora", files.lora, "--model", model),
+        ("convert", "--lora", files.lora, "--model", model),
+    ):
+        refuses(capsys, r"blocks\.ffn\.0\.weight/1\.0\.0: this part", *words, "--out", out)
+    shutil.copy(files.model / "transformer" / "blocks.ffn.0.weight" / "1.0.0", part)
+    shutil.rmtree(model / "tokenizer")
+    words = ("merge", "--lora", files.lora, "--model", model, "--out", tmp_path / "merged")
+    refuses(capsys, "model: has no tokenizer; run wan22-convert", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_large_difference_is_decomposed_as_well_as_by_an_exact_svd():

@@ -246,6 +246,10 @@ def test_a_tokenizer_must_be_one(comfyui, rounded, capsys, tmp_path):
     assert "empty: tokenizer.json or spiece.model was expected" in error
     error = refusal(capsys, tmp_path, *place, rounded / VAE_FILE)
     assert f"{VAE_FILE}: a SentencePiece model was expected" in error
+    for text, complaint in (("{}", "is no tokenizer; give"), ("{", "tokenizer.json is no JSON")):
+        (tmp_path / "other.json").write_text(text)
+        error = refusal(capsys, tmp_path, *place, tmp_path / "other.json")
+        assert f"other.json: {complaint}" in error
     shutil.copy(rounded / TEXT_FILE, tmp_path / "x.safetensors")
     error = refusal(
         capsys, tmp_path, "--ckpt_path", comfyui, "--text_encoder", tmp_path / "x.safetensors"

@@ -9,6 +9,7 @@ nothing tells them from damaged ones.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,6 +285,7 @@ def from_tensors(
                 raise BadInput(f"{source}: {target}.{side}: matrices alike in all layers expected")
             matrices[f"blocks.{target}.{side}"] = np.stack(parts)
     ranks = {target: _find_rank(target, matrices, source) for target in layers}
+    _check_numbers(matrices, source)
     alphas = {}
     try:
         peft = read_peft_header(header) if header else peft
@@ -313,7 +315,7 @@ def _read_file(path: Path) -> Adapter:
     if config.is_file() and any(name.startswith(PEFT_PREFIX) for name in tensors):
         try:
             peft = json.loads(config.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{config}: is not JSON ({error}); copy it again") from None
     return from_tensors(tensors, metadata=files.metadata, source=str(path), peft=peft)
 
@@ -392,6 +394,16 @@ def _find_rank(target: str, matrices: dict[str, np.ndarray], source: str) -> int
     return a.shape[1]
 
 
+def _check_numbers(matrices: Mapping[str, np.ndarray], source: str) -> None:
+    for name, matrix in matrices.items():
+        if not matrix.size:
+            raise BadInput(f"{source}: {name} is empty, {list(matrix.shape)}; export it again")
+        if not np.isfinite(matrix).all():
+            raise BadInput(
+                f"{source}: {name} has infinite or NaN values; choose an earlier checkpoint of it"
+            )
+
+
 def _find_alpha(target: str, layers: _Layers, default: list[float], source: str) -> float:
     """The alpha that all layers share; ``default`` has that of each layer without a tensor."""
     alphas = {
@@ -403,7 +415,9 @@ def _find_alpha(target: str, layers: _Layers, default: list[float], source: str)
         raise BadInput(
             f"{source}: one alpha for all layers of {target} was expected, came {sorted(alphas)}"
         )
-    return alphas.pop()
+    if not math.isfinite(alpha := alphas.pop()):
+        raise BadInput(f"{source}: {target}.alpha is {alpha}, a number was expected")
+    return alpha
 
 
 def _say_model(shapes: list[tuple[int, ...]]) -> str:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from wan22_jax.adapter import Adapter, load_adapter, to_header, to_tensors
+from wan22_jax.adapter import Adapter, check_fit, load_adapter, to_header, to_tensors
 from wan22_jax.errors import BadInput
 from wan22_jax.lora_names import Dialect
 from wan22_jax.model_folder import read_model_card
-from wan22_jax.model_tensors import FolderTensors
+from wan22_jax.model_tensors import FolderTensors, stacked_weight_shapes
 from wan22_jax.proof import prove_adapter
 
 
@@ -51,9 +51,13 @@ def write_proven(
         model: folder of the model that it was trained on, to compare forward passes.
 
     Raises:
-        BadInput: values that the dtype cannot hold, or the file differs when read back.
+        BadInput: it does not fit the model, values that the dtype cannot hold, or the file differs
+            when read back.
         OSError: it cannot be written; the file is named.
     """
+    base = None if model is None else FolderTensors(model)
+    if base is not None:
+        check_fit(trained, stacked_weight_shapes(base))
     dtype = dtype or configured_dtype(trained)
     adapter = _cast(trained, dtype, source=trained.source)
     partial = out.with_name(f".{out.name}.partial")
@@ -66,7 +70,6 @@ def write_proven(
             proof = prove_adapter(trained, exported, dtype=dtype)
         else:
             config = read_model_card(model).transformer
-            base = FolderTensors(model)
             proof = prove_adapter(trained, exported, dtype=dtype, base=base, config=config)
         partial.replace(out)
     finally:

@@ -104,7 +104,10 @@ def write_peft_header(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> 
 
 def read_peft_header(header: str) -> dict[str, Any]:
     """Reads it back; ValueError if it is not a JSON object."""
-    fields = json.loads(header)
+    try:
+        fields = json.loads(header)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     return {key.removeprefix("transformer."): value for key, value in fields.items()}
@@ -124,7 +127,7 @@ def find_peft_alpha(fields: Mapping[str, Any], module: str, *, rank: int) -> flo
     try:
         stated = _match(fields.get("rank_pattern") or {}, module, fields["r"])
         alpha = float(_match(fields.get("alpha_pattern") or {}, module, fields["lora_alpha"]))
-    except (KeyError, TypeError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise ValueError(f"r and lora_alpha expected ({error!r})") from None
     if stated != rank:
         raise ValueError(f"rank {stated} stated for {module}, its matrices have {rank}")

@@ -230,6 +230,15 @@ def open_array(path: Path, *, sync: bool = True) -> ts.TensorStore:
     return ts.open(spec, open=True).result()
 
 
+def check_arrays(path: Path, expected: Shapes) -> None:
+    """Raises BadInput if a network's checkpoint lacks an array, or a part of one on disk.
+
+    TensorStore reads zeros where a part is lost.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        _check_stored(path.absolute(), checkpointer, expected)
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Returns where the tokenizer's files are."""
     return folder / "tokenizer"
@@ -305,7 +314,10 @@ def _check_stored(path: Path, checkpointer: ocp.Checkpointer, expected: Shapes) 
     remedy = "the folder is damaged, run wan22-convert again with --overwrite"
     if not (path / "_METADATA").is_file():
         raise BadInput(f"{path}: an Orbax checkpoint was expected; {remedy}")
-    stored: dict[str, Any] = getattr(checkpointer.metadata(path).item_metadata, "tree", {})
+    try:
+        stored: dict[str, Any] = getattr(checkpointer.metadata(path).item_metadata, "tree", {})
+    except ValueError as error:  # Orbax and TensorStore know no other
+        raise BadInput(f"{path}: its arrays cannot be read; {remedy}") from error
     shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     if differing := sorted(set(shapes.items()) ^ set(expected.items())):
         names = ", ".join(dict.fromkeys(name for name, _ in differing))

@@ -14,7 +14,13 @@ import numpy as np
 
 from wan22_jax.adapter import Adapter, check_fit
 from wan22_jax.model.fp8 import is_float8
-from wan22_jax.model_folder import abstract_transformer, open_array, read_model_card
+from wan22_jax.model_folder import (
+    FLOAT8,
+    abstract_transformer,
+    check_arrays,
+    open_array,
+    read_model_card,
+)
 from wan22_jax.weights import is_stacked, official_names, scale_of, stacked_shapes
 
 
@@ -49,7 +55,10 @@ class FolderTensors:
 
     def __init__(self, folder: Path):
         """Raises BadInput if the folder is not a complete model."""
-        module = abstract_transformer(read_model_card(folder).transformer, float8=False)
+        card = read_model_card(folder)
+        stored = abstract_transformer(card.transformer, float8=card.dtype == FLOAT8)
+        check_arrays(folder / "transformer", stacked_shapes(stored))
+        module = abstract_transformer(card.transformer, float8=False)
         self._path = (folder / "transformer").absolute()
         self._stored: dict[str, tuple[str, int | None]] = {}  # array, layer
         self.shapes: dict[str, tuple[int, ...]] = {}
