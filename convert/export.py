@@ -14,15 +14,20 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from convert.whole_model import FORMATS, WholeModel, choose_format, write_model
+from convert.whole_model import (
+    FORMATS,
+    WholeModel,
+    choose_format,
+    merge_loras,
+    write_model,
+)
 from wan22_jax.adapter import load_adapter, to_tensors
 from wan22_jax.adapter_file import Proven, write_proven
 from wan22_jax.checkpoint import read_saved_meta
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.full_file import describe_merge, is_full, make_metadata, read_full
+from wan22_jax.full_file import is_full, make_metadata, read_full
 from wan22_jax.lora_names import DIALECTS, Dialect
-from wan22_jax.model_folder import find_model_folder, read_model_card
-from wan22_jax.model_tensors import FolderTensors, MergedTensors
+from wan22_jax.model_folder import find_model_folder, read_transformer_digest
 from wan22_jax.proof import Variant
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -127,7 +132,7 @@ def _export_lora(args: argparse.Namespace) -> str:
             f"--format {dialect} is that of a whole model, {args.checkpoint} holds a LoRA; add "
             f"--merge, or choose one of {', '.join(DIALECTS)}"
         )
-    digest = read_model_card(args.model).digests["transformer"] if args.model else None
+    digest = read_transformer_digest(args.model)
     shared = {name: getattr(args, name) for name in ("step", "ema", "dtype", "overwrite")}
     model = args.model
     if model is None and args.checkpoint.is_dir():
@@ -139,11 +144,9 @@ def _export_lora(args: argparse.Namespace) -> str:
 
 
 def _export_model(args: argparse.Namespace, *, full: bool) -> str:
-    kind = choose_format(args.format, args.out)
-    if kind == "fp8_scaled" and args.dtype is not None:
-        raise BadInput("--dtype: fp8_scaled is float8 and bfloat16; leave --dtype out")
+    kind = choose_format(args.format, args.out, dtype=args.dtype)
     folder = args.model or _find_base(args)
-    digest = read_model_card(args.model).digests["transformer"] if args.model else None
+    digest = read_transformer_digest(args.model)
     if full:
         tensors, meta = read_full(args.checkpoint, step=args.step, ema=args.ema, base_digest=digest)
         model = WholeModel(
@@ -154,14 +157,7 @@ def _export_model(args: argparse.Namespace, *, full: bool) -> str:
         if folder is None:
             raise BadInput("--merge needs the base model's folder; name it with --model")
         adapter = load_adapter(args.checkpoint, step=args.step, ema=args.ema, base_digest=digest)
-        base = FolderTensors(folder)
-        model = WholeModel(
-            MergedTensors(base, [(adapter, 1.0)]),
-            Variant(base, adapter),
-            describe_merge([(adapter, 1.0)]),
-            "a LoRA merged into",
-            folder,
-        )
+        model = merge_loras(folder, [(adapter, 1.0)], together=adapter, origin="a LoRA merged into")
         config = read_saved_meta(args.checkpoint, args.step)["config"]
     dtype = str(args.dtype or config.get("save_dtype") or config["model"]["dtype"])
     return write_model(model, args.out, kind=kind, dtype=dtype, overwrite=args.overwrite)

@@ -23,15 +23,19 @@ from absl import logging
 
 from convert.export import DTYPES, check_lora_file, describe_file
 from convert.lora_algebra import Cut, cut_lora, describe, extract_lora, join_loras
-from convert.whole_model import FORMATS, WholeModel, choose_format, write_model
+from convert.whole_model import FORMATS, choose_format, merge_loras, write_model
 from wan22_jax.adapter import Adapter, load_adapter
 from wan22_jax.adapter_file import write_proven
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.full_file import describe_merge
 from wan22_jax.lora_names import DIALECTS, Dialect
 from wan22_jax.model.transformer import TransformerConfig
-from wan22_jax.model_folder import read_model_card, unquantised_dtype
-from wan22_jax.model_tensors import FolderTensors, MergedTensors, Tensors
+from wan22_jax.model_folder import (
+    is_model_folder,
+    read_model_card,
+    read_transformer_digest,
+    unquantised_dtype,
+)
+from wan22_jax.model_tensors import FolderTensors, Tensors
 from wan22_jax.proof import Variant, predict
 from wan22_jax.tensor_files import SafetensorsFiles
 from wan22_jax.weights import name_tensors, transformer_names
@@ -104,7 +108,7 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    digest = _digest(args.model)
+    digest = read_transformer_digest(args.model)
     adapters = []
     for word in args.lora:
         path, strength = _parse_lora(word)
@@ -120,17 +124,8 @@ def _merge(args: argparse.Namespace) -> None:
         default = dtypes.pop() if len(dtypes) == 1 else "float32"
         _write_lora(joined, args, dtype=args.dtype or default)
         return
-    kind = choose_format(args.format, args.out)
-    if kind == "fp8_scaled" and args.dtype is not None:
-        raise BadInput("--dtype: fp8_scaled is float8 and bfloat16; leave --dtype out")
-    base = FolderTensors(args.model)
-    model = WholeModel(
-        MergedTensors(base, adapters),
-        Variant(base, joined),
-        describe_merge(adapters),
-        "LoRAs merged into",
-        args.model,
-    )
+    kind = choose_format(args.format, args.out, dtype=args.dtype)
+    model = merge_loras(args.model, adapters, together=joined, origin="LoRAs merged into")
     dtype = args.dtype or unquantised_dtype(read_model_card(args.model).dtype)
     _say(write_model(model, args.out, kind=kind, dtype=dtype, overwrite=args.overwrite))
 
@@ -160,21 +155,17 @@ def _extract(args: argparse.Namespace) -> None:
             f"warning: {len(left_out)} other tensors differ, which a LoRA cannot hold: "
             f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
         )
-    folder = next((path for path in (args.base, args.tuned) if _is_model_folder(path)), None)
+    folder = next((path for path in (args.base, args.tuned) if is_model_folder(path)), None)
     if folder is not None:
         _say(_compare(read_model_card(folder).transformer, base, tuned, adapter))
-    model = args.base if _is_model_folder(args.base) else None
-    if digest := _digest(model):
+    model = args.base if is_model_folder(args.base) else None
+    if digest := read_transformer_digest(model):
         adapter.metadata["base_digest"] = digest
     _write_lora(adapter, args, dtype=args.dtype or "bfloat16", model=model)
 
 
 def _load(args: argparse.Namespace) -> Adapter:
-    return load_adapter(args.lora, base_digest=_digest(args.model))
-
-
-def _digest(model: Path | None) -> str | None:
-    return None if model is None else read_model_card(model).digests["transformer"]
+    return load_adapter(args.lora, base_digest=read_transformer_digest(args.model))
 
 
 def _write_lora(
@@ -221,7 +212,7 @@ def _parse_lora(word: str) -> tuple[Path, float]:
 
 
 def _open_model(path: Path) -> Tensors:
-    if _is_model_folder(path):
+    if is_model_folder(path):
         return FolderTensors(path)
     if not path.exists():
         raise BadInput(f"{path}: no such model folder or file")
@@ -232,10 +223,6 @@ def _open_model(path: Path) -> Tensors:
         unknown = ", ".join(tensors.unknown[:3]) or "it holds no tensors"
         raise BadInput(f"{path}: is not a Wan transformer ({unknown}); choose another file")
     return tensors
-
-
-def _is_model_folder(path: Path) -> bool:
-    return (path / "model.json").is_file()
 
 
 def _shape(tensors: Tensors, name: str) -> list[int] | None:

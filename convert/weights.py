@@ -46,6 +46,7 @@ from wan22_jax.model_folder import (
     ModelCard,
     abstract_transformer,
     check_arrays,
+    is_model_folder,
     open_array,
     quantise_layer,
     read_model_card,
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = Sources(args.ckpt_path, args.transformer, args.vae, args.text_encoder, args.tokenizer)
 
     def command() -> None:
-        if not args.verify or args.overwrite or not (args.out / "model.json").is_file():
+        if not args.verify or args.overwrite or not is_model_folder(args.out):
             dtype = args.dtype or "bfloat16"
             card = convert(sources, args.out, dtype=dtype, overwrite=args.overwrite)
             print(f"{args.out}: complete, digest {card.digest}")  # noqa: T201
@@ -170,7 +171,7 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         return
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: already exists; choose another --out or add --overwrite")
-    if out.exists() and not (out / "model.json").is_file():
+    if out.exists() and not is_model_folder(out):
         raise BadInput(f"{out}: not a converted model, so it is not replaced; choose another --out")
 
 

@@ -15,7 +15,7 @@ is compared with that of the trained model; then it gets its name.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from convert.progress import replace_folder
 from convert.weights import digest_network, digest_networks, write_network
+from wan22_jax.adapter import Adapter
 from wan22_jax.errors import BadInput
-from wan22_jax.full_file import count_bytes, write_full
+from wan22_jax.full_file import count_bytes, describe_merge, write_full
 from wan22_jax.model.transformer import TransformerConfig
 from wan22_jax.model.vae import VAEConfig, WanVAE
 from wan22_jax.model_folder import (
@@ -39,7 +40,7 @@ from wan22_jax.model_folder import (
     read_model_card,
     write_model_card,
 )
-from wan22_jax.model_tensors import FolderTensors, HeldTensors, Tensors
+from wan22_jax.model_tensors import FolderTensors, HeldTensors, MergedTensors, Tensors
 from wan22_jax.proof import Variant, prove_model
 from wan22_jax.tensor_files import SafetensorsFiles
 from wan22_jax.weights import (
@@ -77,11 +78,11 @@ class WholeModel(NamedTuple):
     folder: Path | None
 
 
-def choose_format(wanted: str | None, out: Path) -> Format:
+def choose_format(wanted: str | None, out: Path, *, dtype: str | None) -> Format:
     """Returns the format that is wanted, or that the name of the output stands for.
 
     Raises:
-        BadInput: name and format do not go together.
+        BadInput: name and format, or a dtype that is wanted and the format, do not go together.
     """
     is_file = out.suffix == ".safetensors"
     if wanted is None:
@@ -91,7 +92,33 @@ def choose_format(wanted: str | None, out: Path) -> Format:
     if is_file != (wanted in ("official", "fp8_scaled")):
         kind = "a folder" if is_file else "a file that ends in .safetensors"
         raise BadInput(f"{out}: --format {wanted} is {kind}; choose another --out")
+    if wanted == "fp8_scaled" and dtype is not None:
+        raise BadInput("--dtype: fp8_scaled is float8 and bfloat16; leave --dtype out")
     return next(known for known in FORMATS if known == wanted)
+
+
+def merge_loras(
+    folder: Path, adapters: Sequence[tuple[Adapter, float]], *, together: Adapter, origin: str
+) -> WholeModel:
+    """Describes the model of a folder with LoRAs merged into it.
+
+    Args:
+        folder: of the base model.
+        adapters: each with its strength.
+        together: one that does what they do, for the proof.
+        origin: see ``WholeModel``.
+
+    Raises:
+        BadInput: the folder is not a complete model, or an adapter does not fit it.
+    """
+    base = FolderTensors(folder)
+    return WholeModel(
+        MergedTensors(base, adapters),
+        Variant(base, together),
+        describe_merge(adapters),
+        origin,
+        folder,
+    )
 
 
 def write_model(

@@ -90,11 +90,20 @@ def read_model_card(folder: Path) -> ModelCard:
     return card
 
 
+def is_model_folder(path: Path) -> bool:
+    """Whether this is a complete model folder, of any version."""
+    return (path / _CARD).is_file()
+
+
+def read_transformer_digest(folder: Path | None) -> str | None:
+    """Reads from its card which transformer a folder holds; None where there is no folder."""
+    return None if folder is None else read_model_card(folder).digests["transformer"]
+
+
 def find_model_folder(folder: Path, transformer_digest: str) -> Path | None:
     """Returns the folder if it is still there and holds this transformer, else None."""
-    if not (folder / _CARD).is_file():
-        return None
-    return folder if read_model_card(folder).digests["transformer"] == transformer_digest else None
+    found = is_model_folder(folder) and read_transformer_digest(folder) == transformer_digest
+    return folder if found else None
 
 
 def write_model_card(folder: Path, card: ModelCard) -> None:
