@@ -39,3 +39,13 @@ def official(tmp_path_factory):
     folder = tmp_path_factory.mktemp("official")
     write_checkpoint(folder, captions=["a cat"])
     return folder
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch):
+    """What the module's ``folder`` holds but for runs, linked into the working directory."""
+    for path in folder.iterdir():
+        if path.name != "runs":
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

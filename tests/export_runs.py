@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from convert.weights import convert
 from wan22_jax.adapter import BASE_MODEL, Adapter, make_adapter
 from wan22_jax.adapter_targets import LoRATarget, describe_targets
 from wan22_jax.checkpoint import open_checkpoints
@@ -33,6 +34,13 @@ def draw_adapter(
     meta = {"targets": describe_targets(targets), "base_digest": "a" * 64, "step": 7}
     meta["config"] = {"adapter": {"dtype": "bfloat16"}}
     return make_adapter(matrices, meta, source="mine")
+
+
+def start_lora_run(official: Path, folder: Path) -> tuple[Path, Path, Adapter]:
+    """Converts a checkpoint and makes a run on it: the model's folder, the run's, the LoRA."""
+    model, run_dir = folder / "model", folder / "lora_run"
+    convert(official, model)
+    return model, run_dir, write_lora_run(run_dir, model, ckpt_path=model)
 
 
 def write_lora_run(run_dir: Path, model: Path, *, seed: int = 0, ckpt_path: Path) -> Adapter:

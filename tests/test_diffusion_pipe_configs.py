@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import DATASET, compiled, here, only_run, prepared, read_scalars  # noqa: F401
+from test_train import DATASET, compiled, folder, only_run, read_scalars  # noqa: F401
 
 from wan22_jax import train
 from wan22_jax.checkpoint import read_trainable

@@ -9,13 +9,20 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from export_runs import ALPHA, RANK, SEVERAL, draw_adapter, write_full_run, write_lora_run
+from export_runs import (
+    ALPHA,
+    RANK,
+    SEVERAL,
+    draw_adapter,
+    start_lora_run,
+    write_full_run,
+    write_lora_run,
+)
 from safetensors import safe_open
 from tiny_run import keep_programs
 
 from convert import export, whole_model
 from convert import weights as weights_command
-from convert.weights import convert
 from wan22_jax import adapter_file, full_file, model_folder, model_tensors, proof
 from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
 from wan22_jax.demo_checkpoint import TINY_TRANSFORMER
@@ -44,11 +51,9 @@ class Runs(NamedTuple):
 def runs(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with keep_programs(folder / "programs"):
-        model = folder / "model"
-        convert(official, model)
-        adapter = write_lora_run(folder / "lora", model, ckpt_path=model)
+        model, lora, adapter = start_lora_run(official, folder)
         weights = write_full_run(folder / "full", model, ckpt_path=folder / "elsewhere")
-        yield Runs(model, folder / "lora", adapter, folder / "full", weights)
+        yield Runs(model, lora, adapter, folder / "full", weights)
 
 
 def run(*words: object) -> int:

@@ -30,7 +30,6 @@ from wan22_jax.training.rounding import round_stochastically, round_to_bfloat16
 from wan22_jax.training.step import Frozen, StepSettings, TrainState, compile_train_step
 from wan22_jax.weights import parameter_shapes, set_parameters, stacked_shapes, stored_dtype
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is all the time these tests take
 GOLDEN_CONFIG = TransformerConfig(**SIZES)
 SHARDING = replicated(make_mesh())
 FULL_POLICIES = [name for name, policy in POLICIES.items() if not policy.on_host]
@@ -89,7 +88,7 @@ def differentiate_golden(parts: tuple, policy: bool | str) -> tuple[Any, dict[st
 
     grad = jax.grad(compute_loss)
     weights = {name: jnp.asarray(array) for name, array in weights.items()}
-    return jax.make_jaxpr(grad)(weights), jax.jit(grad, compiler_options=QUICK)(weights)
+    return jax.make_jaxpr(grad)(weights), jax.jit(grad)(weights)
 
 
 def test_gradients_of_all_weights_match_diffusers(golden_parts):
@@ -209,7 +208,7 @@ def test_a_step_trains_every_weight_and_compiles_once():
     )
     batch_and_draws = (batch, jax.random.key(0), jnp.asarray(sigma_grid()))
     rest = (Frozen(jax.device_put(template, SHARDING)), *jax.device_put(batch_and_draws, SHARDING))
-    compiled = step.lower(state, *rest).compile(compiler_options=QUICK)
+    compiled = step.lower(state, *rest).compile()
     for _ in range(2):  # the second step's arrays lie where the first's do, or this would raise
         state, metrics = compiled(state, *rest)
     assert np.isfinite(metrics["grad_norm"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from test_train import CONFIG, compiled, here, only_run, prepared  # noqa: F401
+from test_train import CONFIG, compiled, folder, only_run  # noqa: F401
 
 from convert import export
 from wan22_jax import train
@@ -55,11 +55,11 @@ def test_what_a_full_fine_tuning_exports_is_what_it_trained(capsys):
         card = read_model_card(Path("model"))
         read = named(load_files(out, card.transformer, dtype=dtype))
         assert export.main([*source, "--dtype", dtype, "--out", dtype]) == 0
-        folder = named(load_transformer(Path(dtype), host=True))
+        exported = named(load_transformer(Path(dtype), host=True))
         for name, array in weights.items():
-            want = array.astype(folder[name].dtype)
+            want = array.astype(exported[name].dtype)
             np.testing.assert_array_equal(np.asarray(read[name]), want, err_msg=name)
-            np.testing.assert_array_equal(folder[name], want, err_msg=name)
+            np.testing.assert_array_equal(exported[name], want, err_msg=name)
         new = read_model_card(Path(dtype))
         assert new.digests["transformer"] != card.digests["transformer"]
         assert new.digests["vae"] == card.digests["vae"]

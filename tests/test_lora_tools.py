@@ -9,11 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from export_runs import SEVERAL, draw_adapter, write_lora_run
+from export_runs import SEVERAL, draw_adapter, start_lora_run
 from tiny_run import keep_programs
 
 from convert import lora_algebra, lora_tools
-from convert.weights import convert
 from wan22_jax.adapter import Adapter, load_adapter, to_tensors
 from wan22_jax.adapter_file import write_adapter
 from wan22_jax.adapter_targets import LoRATarget
@@ -33,14 +32,12 @@ class Files(NamedTuple):
 def files(official, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     with keep_programs(folder / "programs"):
-        model = folder / "model"
-        convert(official, model)
-        adapter = write_lora_run(folder / "run", model, ckpt_path=model)
+        model, run_dir, adapter = start_lora_run(official, folder)
         lora = folder / "lora.safetensors"
-        assert run("convert", "--lora", folder / "run", "--out", lora) == 0
+        assert run("convert", "--lora", run_dir, "--out", lora) == 0
         other = draw_adapter(stacked_weight_shapes(FolderTensors(model)), SEVERAL, seed=5)
         write_adapter(Adapter(other.matrices, other.alphas, {}, ""), folder / "other.safetensors")
-        yield Files(model, lora, folder / "other.safetensors", folder / "run", adapter)
+        yield Files(model, lora, folder / "other.safetensors", run_dir, adapter)
 
 
 def run(*words: object) -> int:

@@ -25,16 +25,6 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def here(folder, tmp_path, monkeypatch) -> Path:
-    """The prepared files in a folder of the test's own, which is the working directory."""
-    for path in folder.iterdir():
-        if not path.name.startswith("run"):
-            (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
     """An uninterrupted run with a checkpoint of every step."""

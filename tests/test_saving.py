@@ -37,15 +37,6 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def here(folder, tmp_path, monkeypatch) -> Path:
-    """The prepared files in a folder of the test's own, which is the working directory."""
-    for path in folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(*flags: str) -> int:
     return train.main(["--config", "lora.toml", *flags])
 

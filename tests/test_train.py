@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
+from tiny_run import keep_programs
 
 from convert.weights import convert
 from wan22_jax import examples, run_folder, start, train
@@ -55,14 +55,12 @@ DATASET = f"size_buckets = [{list(BUCKET)}]\n[[directory]]\npath = 'clips'\n"
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory) -> Iterator[None]:
     """A program that several tests run is compiled once; compiling is most of their time."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    with keep_programs(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder with a tiny model, a cache of random latents and the two config files."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "lora.toml").write_text(CONFIG)
@@ -83,15 +81,6 @@ def prepared(tmp_path_factory) -> Path:
         writer.add(make_text_key(""), rng.standard_normal((3, TINY_TEXT_ENCODER.dim), np.float32))
         writer.finish(entries, buckets=[BUCKET])
     return folder
-
-
-@pytest.fixture
-def here(prepared, tmp_path, monkeypatch) -> Path:
-    """The prepared files in a folder of the test's own, which is the working directory."""
-    for path in prepared.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*flags: str) -> int:
@@ -289,10 +278,10 @@ def train_two_steps(*settings: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def plain(prepared) -> dict[str, dict[str, np.ndarray]]:
+def plain(folder) -> dict[str, dict[str, np.ndarray]]:
     """Changes by dtype, with every weight and activation on the device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(prepared)
+        patch.chdir(folder)
         return {
             dtype: train_two_steps(f"model.transformer_dtype={dtype}")
             for dtype in ("float32", "float8")

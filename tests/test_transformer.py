@@ -41,7 +41,6 @@ from wan22_jax.weights import (
 )
 
 CONFIG = TransformerConfig(**SIZES)
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is all the time these tests take
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +313,7 @@ def predict(
     return np.asarray(_predict(float32_residual, *nnx.split(model), latents, sigma, text))
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 1))
 def _predict(float32_residual, graphdef, state, latents, sigma, text):
     model = nnx.merge(graphdef, state)
     return model(latents, sigma, text, float32_residual=float32_residual)
@@ -331,7 +330,7 @@ def differentiate(model: WanTransformer, kind: type, *inputs: np.ndarray):
     return _differentiate(graphdef, trainable, frozen, *inputs)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _differentiate(*args):
     return jax.grad(compute_loss, argnums=(1, 3, 5))(*args)
 

@@ -25,7 +25,6 @@ from wan22_jax.model.vae import WAN22_VAE, VAEConfig, WanVAE
 from wan22_jax.model.vae_layers import Downsample, DownStage, History, Upsample
 
 CONFIG = VAEConfig(**SIZES, latents_mean=LATENTS_MEAN, latents_std=LATENTS_STD)
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is all the time these tests take
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +215,12 @@ def decode(vae: WanVAE, latents_BTYXC: np.ndarray) -> jax.Array:
     return _decode(*nnx.split(vae), jnp.array(latents_BTYXC))
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _encode(graphdef: nnx.GraphDef, state: nnx.State, video_BTYX3: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state).encode(video_BTYX3)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _decode(graphdef: nnx.GraphDef, state: nnx.State, latents_BTYXC: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state).decode(latents_BTYXC)
 

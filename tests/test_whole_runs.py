@@ -55,13 +55,6 @@ def folder(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def here(folder, tmp_path, monkeypatch):
-    for path in folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-
-
 def run(config: str, output_dir: str, *flags: str) -> Path:
     assert train.main(["--config", config, f"output_dir='{output_dir}'", *flags]) == 0
     (run_dir,) = Path(output_dir).iterdir()
