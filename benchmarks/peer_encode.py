@@ -63,8 +63,20 @@ def main() -> None:
 
 
 def make_vae_call(args: argparse.Namespace, dtype: torch.dtype) -> Callable[[], object]:
+    vae = make_vae(TINY_VAE if args.tiny else VAE, dtype)
+    width, height, frames = map(int, args.bucket.split("x"))
+    video = torch.randn(1, 3, frames, height, width, dtype=dtype)
+
+    def run() -> torch.Tensor:
+        return vae.encode(video).latent_dist.mode()
+
+    return run
+
+
+def make_vae(sizes: dict[str, int], dtype: torch.dtype) -> diffusers.AutoencoderKLWan:
+    """Makes the Wan2.2 VAE with random weights."""
     vae = diffusers.AutoencoderKLWan(
-        **(TINY_VAE if args.tiny else VAE),
+        **sizes,
         z_dim=Z_DIM,
         dim_mult=[1, 2, 4, 4],
         num_res_blocks=2,
@@ -80,14 +92,7 @@ def make_vae_call(args: argparse.Namespace, dtype: torch.dtype) -> Callable[[], 
         latents_mean=[0.0] * Z_DIM,
         latents_std=[1.0] * Z_DIM,
     )
-    vae = vae.to(dtype).eval()
-    width, height, frames = map(int, args.bucket.split("x"))
-    video = torch.randn(1, 3, frames, height, width, dtype=dtype)
-
-    def run() -> torch.Tensor:
-        return vae.encode(video).latent_dist.mode()
-
-    return run
+    return vae.to(dtype).eval()
 
 
 def make_text_call(args: argparse.Namespace) -> Callable[[], object]:

@@ -1,10 +1,11 @@
 """Attention against its formula in float64, and the choice of the kernel."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan22_jax.model.attention import attend, attention_backend
+from wan22_jax.model.attention import attend, attend_even, attention_backend
 
 
 def draw(scale: float = 1.0) -> list[np.ndarray]:
@@ -33,6 +34,23 @@ def test_bfloat16_is_rounded_once_on_a_cpu():
     assert got.dtype == jnp.bfloat16
     exact = attend(*(x.astype(jnp.float32) for x in qkv))
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (7, 11), (7, 8), (8, 7), (8, 8)])
+def test_an_odd_number_of_rows_is_made_even_without_a_trace(queries, keys):
+    q, k, v = (jnp.asarray(x) for x in draw())
+    q, k, v = (jnp.tile(x, (1, 2, 1, 1)) for x in (q, k, v))
+    arrays = q[:, :queries], k[:, :keys], v[:, :keys]
+
+    def differentiate(attend):
+        out, pull = jax.vjp(attend, *arrays)
+        return out, *pull(jnp.cos(out))
+
+    got = differentiate(lambda *qkv: attend_even(*qkv, implementation="xla"))
+    wanted = differentiate(attend)
+    for each, expected in zip(got, wanted, strict=True):
+        assert each.shape == expected.shape
+        np.testing.assert_allclose(each, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
-from tqdm import tqdm
 
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.sharding import replicated
@@ -72,7 +71,7 @@ def sample_latents(
     key: jax.Array | None,
     noise: jax.Array | np.ndarray | None = None,
     first_frame: jax.Array | np.ndarray | None = None,
-    progress: bool = False,
+    on_step: Callable[[], object] | None = None,
 ) -> jax.Array:
     """Draws clean latents [B, T, Y, X, C] in float32: text-to-video, or image-to-video.
 
@@ -92,7 +91,7 @@ def sample_latents(
         key: draws the noise; unused when `noise` is given.
         noise: the latents to start from, of `shape`.
         first_frame: normalised VAE latents [B or 1, 1, Y, X, C] of the picture to start from.
-        progress: whether to draw a progress bar.
+        on_step: is called when the device has finished a step, to show progress.
     """
     sigmas, timesteps = sigma_schedule(solver, steps, shift)
     predict, sharding = _compile(model)
@@ -114,7 +113,7 @@ def sample_latents(
         sigma_scale_T[0] = 0
     memory = _Memory(sample, *(jnp.zeros_like(sample) for _ in range(3)))
 
-    for step in tqdm(range(steps), desc="denoise", unit="step", disable=not progress):
+    for step in range(steps):
         sigma_T = (timesteps[step] / 1000 * sigma_scale_T).astype(np.float32)
         sigma_BT = jnp.broadcast_to(sigma_T, shape[:2])
         sample = jax.device_put(memory.sample, sharding)  # or a later step would compile again
@@ -124,7 +123,9 @@ def sample_latents(
             velocity = away + guidance * (velocity - away)
         weights = solver_weights(solver, sigmas, step)
         memory = _advance(memory, velocity, sigmas[step], weights, first_frame)
-        jax.block_until_ready(memory.sample)  # or the bar would run ahead of the device
+        if on_step is not None:
+            jax.block_until_ready(memory.sample)
+            on_step()
     return memory.sample
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,38 @@ def attend(
     primitive it comes from, with the softmax statistics that its backward pass wants.
     """
     if attention_backend(jax.default_backend(), q_BLHK.dtype.name, q_BLHK.shape[-1]) == "cudnn":
-        return jax.nn.dot_product_attention(q_BLHK, k_BSHK, v_BSHK, implementation="cudnn")
+        return attend_even(q_BLHK, k_BSHK, v_BSHK, implementation="cudnn")
     q_BLHK32, k_BSHK32, v_BSHK32 = (x.astype(jnp.float32) for x in (q_BLHK, k_BSHK, v_BSHK))
     with jax.default_matmul_precision("highest"):
         out_BLHK = jax.nn.dot_product_attention(q_BLHK32, k_BSHK32, v_BSHK32, implementation="xla")
     return checkpoint_name(out_BLHK.astype(q_BLHK.dtype), name)
+
+
+def attend_even(
+    q_BLHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    *,
+    implementation: Literal["cudnn", "xla"],
+) -> jax.Array:
+    """Attends with a row of zeros more where there is an odd number of them, and masks that row.
+
+    Of an odd number, JAX refuses to differentiate cuDNN's kernel.
+    """
+    (B, L), S = q_BLHK.shape[:2], k_BSHK.shape[1]
+    lengths = {}
+    if S % 2:
+        lengths = {
+            "query_seq_lengths": jnp.full(B, L, jnp.int32),
+            "key_value_seq_lengths": jnp.full(B, S, jnp.int32),
+        }
+    q_BLHK, k_BSHK, v_BSHK = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BLHK, k_BSHK, v_BSHK)
+    )
+    out_BLHK = jax.nn.dot_product_attention(
+        q_BLHK, k_BSHK, v_BSHK, implementation=implementation, **lengths
+    )
+    return out_BLHK[:, :L]
 
 
 @functools.cache
