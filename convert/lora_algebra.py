@@ -1,4 +1,4 @@
-"""What can be done with LoRAs as matrices: joined, cut to a lower rank, found between two models?
+"""What can be done with LoRAs as matrices: cut to a lower rank, found between two models?
 
 All of it is done in float64 or float32 on the host, layer by layer. A result has alpha = rank, that
 is a scale of 1, which is part of B (and of A) instead.
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wan22_jax.adapter import Adapter, describe_sizes
+from wan22_jax.adapter import Adapter
+from wan22_jax.adapter_join import describe
 from wan22_jax.errors import BadInput
 from wan22_jax.model_tensors import Tensors, count_layers, read_float32, stacked_weight_shapes
 
@@ -35,45 +36,6 @@ class Cut(NamedTuple):
     def error(self) -> float:
         """The norm of what is lost in proportion to that of the whole."""
         return float(np.sqrt(max(1.0 - self.kept, 0.0)))
-
-
-def join_loras(adapters: Sequence[tuple[Adapter, float]], *, source: str) -> Adapter:
-    """Makes one LoRA that does what several do together, each with its strength; ranks add up.
-
-    Raises:
-        BadInput: two have other shapes, or were trained on other base models.
-    """
-    matrices, alphas = {}, {}
-    targets = dict.fromkeys(name for adapter, _ in adapters for name in adapter.alphas)
-    for target in targets:
-        own = [(adapter, strength) for adapter, strength in adapters if target in adapter.alphas]
-        name_a, name_b = f"blocks.{target}.lora_A", f"blocks.{target}.lora_B"
-        parts_a = [adapter.matrices[name_a].astype(np.float32) for adapter, _ in own]
-        parts_b = [
-            np.float32(strength * adapter.scale(target))
-            * adapter.matrices[name_b].astype(np.float32)
-            for adapter, strength in own
-        ]
-        for name, parts, axis in ((name_a, parts_a, 1), (name_b, parts_b, 2)):
-            others = {part.shape[:axis] + part.shape[axis + 1 :] for part in parts}
-            if len(others) > 1:
-                names = " and ".join(adapter.source for adapter, _ in own)
-                shapes = " and ".join(str(list(part.shape)) for part in parts)
-                raise BadInput(f"{names}: are LoRAs of two models ({name} is {shapes})")
-            matrices[name] = np.concatenate(parts, axis=axis)
-        alphas[target] = float(matrices[name_a].shape[1])
-    digests = {
-        adapter.metadata["base_digest"]
-        for adapter, _ in adapters
-        if "base_digest" in adapter.metadata
-    }
-    if len(digests) > 1:
-        names = ", ".join(adapter.source for adapter, _ in adapters)
-        raise BadInput(f"{names}: were trained on {len(digests)} base models; join those of one")
-    metadata = {"format": "pt"}
-    if digests:
-        metadata["base_digest"] = digests.pop()
-    return describe(Adapter(matrices, alphas, metadata, source))
 
 
 def cut_lora(
@@ -160,12 +122,6 @@ def extract_lora(
         if name not in linears and not np.array_equal(base.read(name), tuned.read(name))
     ]
     return describe(Adapter(matrices, alphas, {"format": "pt"}, source)), cuts, left_out
-
-
-def describe(adapter: Adapter) -> Adapter:
-    """Brings rank, alpha and targets of the header up to date."""
-    metadata = {"format": "pt"} | adapter.metadata | describe_sizes(adapter)
-    return replace(adapter, metadata=metadata)
 
 
 _Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # U [out, R], singular values [R], V^T [R, in]

@@ -12,7 +12,6 @@ wan22-export.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,11 @@ import numpy as np
 from absl import logging
 
 from convert.export import DTYPES, check_lora_file, describe_file
-from convert.lora_algebra import Cut, cut_lora, describe, extract_lora, join_loras
+from convert.lora_algebra import Cut, cut_lora, extract_lora
 from convert.whole_model import FORMATS, choose_format, merge_loras, write_model
 from wan22_jax.adapter import Adapter, load_adapter
 from wan22_jax.adapter_file import write_proven
+from wan22_jax.adapter_join import describe, join_loras, parse_lora
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.lora_names import DIALECTS, Dialect
 from wan22_jax.model.transformer import TransformerConfig
@@ -111,7 +111,7 @@ def _merge(args: argparse.Namespace) -> None:
     digest = read_transformer_digest(args.model)
     adapters = []
     for word in args.lora:
-        path, strength = _parse_lora(word)
+        path, strength = parse_lora(word)
         adapters.append((load_adapter(path, base_digest=digest), strength))
     joined = join_loras(adapters, source=" and ".join(args.lora))
     if args.model is None:
@@ -196,19 +196,6 @@ def _say_cuts(cuts: Mapping[str, Cut], before: Mapping[str, int] | None = None) 
             f"{target:<13} rank {old}{cut.rank}: relative error {cut.error:.1e}, "
             f"{100 * cut.kept:.2f} % of the energy"
         )
-
-
-def _parse_lora(word: str) -> tuple[Path, float]:
-    path, colon, strength = word.rpartition(":")
-    if not colon or Path(word).exists():
-        return Path(word), 1.0
-    try:
-        value = float(strength)
-    except ValueError:
-        return Path(word), 1.0
-    if not math.isfinite(value):
-        raise BadInput(f"--lora {word}: a strength is a number, got {strength}")
-    return Path(path), value
 
 
 def _open_model(path: Path) -> Tensors:

@@ -13,6 +13,7 @@ from export_runs import SEVERAL, draw_adapter, start_lora_run
 from tiny_run import keep_programs
 
 from convert import lora_algebra, lora_tools
+from wan22_jax import adapter_join
 from wan22_jax.adapter import Adapter, load_adapter, to_tensors
 from wan22_jax.adapter_file import write_adapter
 from wan22_jax.adapter_targets import LoRATarget
@@ -183,7 +184,7 @@ def test_resize_keeps_what_a_low_rank_can(files, tmp_path, capsys):
 
 def test_a_rank_that_is_not_needed_costs_nothing(files, tmp_path):
     adapter = load_adapter(files.other)
-    doubled = lora_algebra.join_loras([(adapter, 0.5), (adapter, 0.5)], source="twice")
+    doubled = adapter_join.join_loras([(adapter, 0.5), (adapter, 0.5)], source="twice")
     assert doubled.ranks == {"self_attn.q": 4, "ffn.0": 6}
     write_adapter(doubled, tmp_path / "doubled.safetensors")
     out = tmp_path / "out.safetensors"
