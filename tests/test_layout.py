@@ -60,9 +60,10 @@ LAYERS = [
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
+    {"wan22_jax.prompts", "wan22_jax.velocity"},
     {"wan22_jax.lora_names", "wan22_jax.config"},
     {"wan22_jax.adapter"},
-    {"wan22_jax.model_tensors"},
+    {"wan22_jax.model_tensors", "wan22_jax.adapter_join"},
     {"wan22_jax.full_file", "wan22_jax.proof"},
     {"wan22_jax.dataset", "wan22_jax.training.cadence", "wan22_jax.training.retention"}
     | {"wan22_jax.adapter_file", "wan22_jax.resuming", "wan22_jax.stopping"}

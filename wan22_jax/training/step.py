@@ -4,7 +4,7 @@ Every draw is a function of (seed, step, position in the global batch), see ``dr
 resumed run repeats nothing and stores no random state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,8 +17,10 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from wan22_jax.batch import Batch
+from wan22_jax.model.block_weights import Arrays
 from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import Dropout, LoRAParam
+from wan22_jax.model.remat import Streamed
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
@@ -61,6 +63,16 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return graphdef, trainable, frozen
 
 
+def merge_model(
+    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen
+) -> tuple[WanTransformer, Sequence[list[Arrays] | Streamed]]:
+    """Makes the model again, without its blocks, and the parts that those are called with."""
+    if isinstance(trainable, nnx.State):
+        return nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
+    model, rows = merge_full(graphdef, trainable, frozen.rest)
+    return model, (rows,)
+
+
 def split_seed(seed: int) -> tuple[Array, Array]:
     """Makes a run's two keys: of the adapter's first values and of the examples' draws."""
     lora_key, draw_key = jax.random.split(jax.random.key(seed))
@@ -98,11 +110,7 @@ def loss_fn(
     settings: StepSettings,
 ) -> tuple[Float[Array, ""], Float[Array, " B"]]:
     """The velocity error, mean over examples and of each; ``draws`` has a leading batch axis."""
-    if isinstance(trainable, nnx.State):
-        model, parts = nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
-    else:
-        model, rows = merge_full(graphdef, trainable, frozen.rest)
-        parts = (rows,)
+    model, parts = merge_model(graphdef, trainable, frozen)
     clean_BTYXC = latents_BTYXC.astype(jnp.float32)
     noisy_BTYXC = add_noise(clean_BTYXC, draws.noise_TYXC, draws.sigma_T)
     velocity_BTYXC = model(

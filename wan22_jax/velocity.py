@@ -1,0 +1,69 @@
+"""How does a model answer a sampler: its weights where they fit, and the velocity they give?"""
+
+from functools import partial
+
+import jax
+from flax import nnx
+from jax.sharding import Sharding
+
+from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.sampling import Velocity
+from wan22_jax.training.frozen import Frozen, place_frozen
+from wan22_jax.training.step import Trainable, merge_model, split_model
+
+
+def place_velocity(
+    model: WanTransformer, *, blocks_to_swap: int = 0, sharding: Sharding
+) -> Velocity:
+    """Puts a model where it computes from; its linears are joined there, so it is copied.
+
+    Args:
+        model: its arrays best on the host, from ``load_transformer(..., host=True)``.
+        blocks_to_swap: so many last blocks keep their matrices in pinned host memory and are
+            copied beside the block before, in each call.
+        sharding: of what is on the device.
+    """
+    graphdef, trainable, frozen = split_model(model)
+    placed = place_frozen(
+        frozen, activation_checkpointing=True, blocks_to_swap=blocks_to_swap, sharding=sharding
+    )
+    return make_velocity(graphdef, jax.device_put(trainable, sharding), placed, sharding=sharding)
+
+
+def make_velocity(
+    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen, *, sharding: Sharding
+) -> Velocity:
+    """Makes the velocity of weights that are in place, those of a training run for example.
+
+    Args:
+        graphdef: structure of the model.
+        trainable: adapters, or all weights by name.
+        frozen: from ``place_frozen``.
+        sharding: of what is on the device; arguments are put there, so that the program is
+            compiled once, whatever their own is.
+    """
+
+    def velocity(*inputs: jax.Array) -> jax.Array:
+        return _predict(graphdef, trainable, frozen, *jax.device_put(inputs, sharding))
+
+    return velocity
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(
+    graphdef: nnx.GraphDef,
+    trainable: Trainable,
+    frozen: Frozen,
+    latents_BTYXC: jax.Array,
+    sigma_BT: jax.Array,
+    text_BSE: jax.Array,
+) -> jax.Array:
+    model, parts = merge_model(graphdef, trainable, frozen)
+    return model(
+        latents_BTYXC,
+        sigma_BT,
+        text_BSE,
+        float32_residual=True,  # as the original samples
+        activation_checkpointing=True,  # streamed blocks do not even make what nothing needs
+        parts=parts,
+    )
