@@ -1,6 +1,5 @@
 """wan22-sample: sizes, pictures and files; what it refuses; the whole command on tiny networks."""
 
-import errno
 import gc
 import types
 import weakref
@@ -16,9 +15,8 @@ from PIL import Image
 from wan22_jax import sample as command
 from wan22_jax.adapter import Adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
-from wan22_jax.data.video_file import write_mp4
 from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER
-from wan22_jax.errors import BadInput, run_command
+from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model.vae import VAEConfig, WanVAE
 from wan22_jax.model_folder import ModelCard
@@ -79,34 +77,6 @@ def test_bytes_are_cut_off_not_rounded():
     video = jnp.array([-3.0, -1, -0.5, 0, 0.5, 0.999, 1, 7]).reshape(1, 1, 1, 8, 1).repeat(3, -1)
     wanted = [0, 0, 63, 127, 191, 254, 255, 255]  # 63.75, 127.5, 191.25, 254.87
     assert command.quantise_video(video)[0, 0, 0, :, 1].tolist() == wanted
-
-
-def test_mp4_holds_the_frames(tmp_path):
-    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[:, None], (64, 96))
-    frames = np.stack([np.roll(ramp, 4 * i, 0) for i in range(9)])[..., None].repeat(3, -1)
-    path = tmp_path / "a.mp4"
-    written = write_mp4(path, [frames[:1], frames[1:5], frames[5:]], width_px=96, height_px=64)
-    assert written == 9
-    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.average_rate) == ("h264", 24)
-        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-    assert decoded.shape == frames.shape
-    assert np.abs(decoded.astype(int) - frames).mean() < 3
-
-
-def test_failure_leaves_no_file(tmp_path, capsys):
-    def frames():
-        yield np.zeros((1, 64, 64, 3), np.uint8)
-        raise OSError(errno.ENOSPC, "No space left on device", "a.mp4")
-
-    def write():
-        write_mp4(tmp_path / "a.mp4", frames(), width_px=64, height_px=64)
-
-    assert run_command(write) == 2
-    assert "the disk is full while writing a.mp4" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 TRANSFORMER = TransformerConfig(
@@ -235,6 +205,25 @@ def test_text_to_video(model, tmp_path, capsys):
     assert "seed 3" in capsys.readouterr().out
 
 
+def test_out_chooses_the_format(model, tmp_path, capsys):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    for name, seen in {"a.gif": "a.gif", "a.webp": "a.webp", "a.png": "a"}.items():
+        run(*flags, "--out", str(tmp_path / name))
+        assert f"{tmp_path / seen}: 5 frames of 64x32" in capsys.readouterr().out
+        with Image.open(tmp_path / seen / "0004.png" if seen == "a" else tmp_path / seen) as image:
+            assert (image.size, getattr(image, "n_frames", 1)) == (
+                (64, 32),
+                1 if seen == "a" else 5,
+            )
+    run(*flags, "--out", str(tmp_path / "still.png"), "--frames", "1")
+    assert (tmp_path / "still.png").is_file()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    model.dtypes.clear()
+    with pytest.raises(BadInput, match=r"a: frames would replace this folder, but notes\.txt"):
+        run(*flags, "--out", str(tmp_path / "a.png"))
+    assert model.dtypes == []
+
+
 def test_seed_negative_prompt_and_lora_each_change_the_video(model):
     flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
     settings = [
@@ -281,7 +270,7 @@ def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
         (["--shift", "0"], "--shift: a number over 0 expected"),
         (["--guidance", "nan"], "--guidance: a number expected"),
         (["--seed", "-2"], "--seed: 0 or more expected"),
-        (["--out", "clip.avi"], "clip.avi: --out takes an .mp4 file"),
+        (["--out", "clip.avi"], r"clip.avi: --out takes an \.mp4, \.gif, \.webp or \.png file"),
         (["--image", "absent.png"], "absent.png: no such picture"),
         (["--model", "elsewhere"], "elsewhere: not a model folder"),
     ],

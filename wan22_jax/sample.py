@@ -6,7 +6,6 @@ One network is in device memory at a time: text encoder, (VAE for the picture,) 
 import argparse
 import gc
 import math
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.data.video_file import check_video_path, write_video, written_path
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model_folder import (
@@ -68,7 +67,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--solver", choices=("unipc", "dpm++"), default="unipc")
     add("--seed", type=int, default=-1, help="-1 draws one")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text")
-    add("--out", type=Path, default=Path("out.mp4"), help="the mp4 file; replaced if it exists")
+    add("--out", type=Path, default=Path("out.mp4"), help="or .gif, .webp, .png; replaced")
     return parser.parse_args(arguments)
 
 
@@ -100,14 +99,15 @@ def sample(args: argparse.Namespace) -> None:
         key=jax.random.key(seed),
         first_frame=first_frame,
     )
-    num_frames = write_mp4(
+    num_frames = write_video(
         args.out,
         _decode(args.model, latents_BTYXC),
         width_px=bucket.width_px,
         height_px=bucket.height_px,
     )
     _say(describe_peak_memory())
-    _say(f"{args.out}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
+    out = written_path(args.out, num_frames=num_frames)
+    _say(f"{out}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
 
 
 def quantise_video(video_BTYX3: jax.Array) -> np.ndarray:
@@ -127,14 +127,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise BadInput(f"--guidance: a number expected, got {args.guidance}; 5 is usual")
     if not -1 <= args.seed < 2**63:
         raise BadInput(f"--seed: 0 or more expected, or -1 to draw one, got {args.seed}")
-    if args.out.suffix.lower() != ".mp4":
-        raise BadInput(f"{args.out}: --out takes an .mp4 file; write e.g. --out out.mp4")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{args.out}: cannot make its folder ({error}); choose another") from error
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
-        raise BadInput(f"{args.out}: cannot be written; choose another file with --out")
+    check_video_path(args.out, num_frames=args.frames)
 
 
 def _choose_frame(args: argparse.Namespace) -> tuple[Bucket, np.ndarray | None]:
