@@ -78,9 +78,7 @@ def main() -> None:
         two_ms = one_ms = 0.0
         print("| tokens | linear | two us, error | one us, error | TFLOP/s | ratio | schedule |")
         print("| --- " * 7 + "|")
-        for case in FORWARD_CASES if args.rank == 0 else (*FORWARD_CASES, *BACKWARD_CASES):
-            if args.rank is not None:
-                case = case._replace(rank=args.rank * (1 if case.forward else case.groups))
+        for case in list_cases(args.rank):
             operands, weights = draw(case, tokens, num_weights=NUM_WEIGHTS)
             wanted = compute_wanted(case, tokens, weights[0], *operands)
             two_s, outs = time_calls(case, tokens, matmul.multiply_then_add, operands, weights)
@@ -103,6 +101,16 @@ def main() -> None:
             one_ms += 30 * case.count * 1e3 * one_s
         result = {"tokens": tokens, "two_ms": round(two_ms, 2), "one_ms": round(one_ms, 2)}
         print("RESULT " + json.dumps(result), flush=True)
+
+
+def list_cases(rank: int | None) -> list[Case]:
+    """Every linear in both directions; without an adapter there is only one."""
+    if rank == 0:
+        return [case._replace(rank=0) for case in FORWARD_CASES]
+    return [
+        case if rank is None else case._replace(rank=case.rank * rank // FORWARD_CASES[0].rank)
+        for case in (*FORWARD_CASES, *BACKWARD_CASES)
+    ]
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="num_weights")
