@@ -50,11 +50,13 @@ def main() -> None:
     for dialect in DIALECTS[1:]:
         lora = ("--lora", "comfyui.safetensors", "--format", dialect)
         command(args.work, "wan22-lora", "convert", *lora, "--out", f"{dialect}.safetensors")
-    run("ours", [*part, "ours"], args.work)
+    ours = subprocess.Popen([*part, "ours"], cwd=args.work, env=environment())  # beside the next
     for name, strength in (("base", 0), ("merged", 1)):
         lora = ("--lora", f"comfyui.safetensors:{strength}", "--model", "model")
         out = ("--format", "diffusers", "--out", name)
         command(args.work, "wan22-lora", "merge", *lora, *out)
+    if ours.wait():
+        sys.exit(1)
     run("theirs", [*part, "theirs"], args.work)
     shutil.rmtree(args.work)
 
@@ -67,12 +69,11 @@ def command(folder: Path, name: str, *words: str) -> None:
 
 def run(what: str, words: list[str], folder: Path) -> None:
     """Runs a process, prints what it said last and how long it took; ends where it fails."""
-    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     start = time.perf_counter()
     done = subprocess.run(
         words,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,6 +85,11 @@ def run(what: str, words: list[str], folder: Path) -> None:
     print(f"{what} ({time.perf_counter() - start:.0f} s):\n{shown}", flush=True)
     if done.returncode:
         sys.exit(1)
+
+
+def environment() -> dict[str, str]:
+    """Of a process of the package."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def make(args: argparse.Namespace) -> None:
