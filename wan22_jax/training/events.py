@@ -5,6 +5,7 @@ where it goes on; what an earlier session had written of later steps is then of 
 checkpoint undid, and is left out where files are read together.
 """
 
+import io
 import json
 import logging
 import struct
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,6 +72,20 @@ class EventLog:
     def write_epoch(self, loss: float, epoch: int) -> None:
         """Adds the mean loss of an epoch."""
         self._write(_scalars({EPOCH_LOSS: loss}), epoch)
+
+    def write_animation(self, name: str, gif: bytes, step: int) -> None:
+        """Adds a GIF, as TensorBoard shows a video."""
+        with Image.open(io.BytesIO(gif)) as picture:
+            width_px, height_px = picture.size
+        image = Summary.Image(
+            height=height_px, width=width_px, colorspace=3, encoded_image_string=gif
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._write(summary, step * self._per_step)
+
+    def write_text(self, name: str, content: str, step: int) -> None:
+        """Adds a text, which TensorBoard reads as Markdown."""
+        self._write(text(name, content), step * self._per_step)
 
     def flush(self) -> None:
         """Puts on disk what has been added."""

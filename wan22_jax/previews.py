@@ -1,0 +1,400 @@
+"""How do videos of fixed prompts come out of a run while it trains?
+
+Texts and pictures are encoded before the transformer is loaded, and wait on the host, as the
+decoder does. A preview samples with the weights where they lie, then decodes; noise is a function
+of the prompt's seed alone, nothing that training reads is written, and no failure ends the run.
+"""
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+from PIL import Image
+
+from wan22_jax.config import TrainConfig
+from wan22_jax.data.animation import encode_animation, shrink_frames
+from wan22_jax.data.video_file import write_mp4
+from wan22_jax.errors import BadInput, is_full_disk, one_line
+from wan22_jax.geometry import FPS, LATENT_CHANNELS, Bucket, check_bucket
+from wan22_jax.model_folder import load_fitting_text_encoder, load_vae, tokenizer_folder
+from wan22_jax.prompts import Request, choose_frame, read_prompt, read_prompt_file
+from wan22_jax.sample import quantise_video
+from wan22_jax.sampling import NEGATIVE_PROMPT, Velocity, sample_latents
+from wan22_jax.sharding import device_memory
+from wan22_jax.stopping import Wishes
+from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer, pad_text
+from wan22_jax.training.averages import evaluation_weights
+from wan22_jax.training.cadence import is_preview_ahead
+from wan22_jax.training.frozen import Frozen
+from wan22_jax.training.metrics import Progress
+from wan22_jax.training.step import TrainState
+from wan22_jax.velocity import make_velocity
+
+log = logging.getLogger(__name__)
+
+FOLDER = "samples"  # in a run folder; report_samples.py reads it
+PROMPTS = "prompts.json"  # in each step's folder: what its videos were asked to be, by number
+_TEXTS_AT_ONCE = 8
+_ANIMATION_PX = 256  # of TensorBoard's pictures
+_ANIMATION_EVERY = 3  # so manieth frame is in them
+
+
+class Preview(NamedTuple):
+    """One video that a run is to make, checked."""
+
+    request: Request
+    bucket: Bucket
+    frame_BTYX3: np.ndarray | None  # the picture to start from, -1 to 1
+
+
+class Encoded(NamedTuple):
+    """What the sampler takes of a preview; on the host."""
+
+    request: Request
+    bucket: Bucket
+    text_BSE: np.ndarray
+    negative_BSE: np.ndarray | None  # None where there is no guidance
+    first_frame_B1YXC: np.ndarray | None
+
+
+class Prepared(NamedTuple):
+    """All that previews need but the weights; on the host."""
+
+    previews: list[Encoded]
+    decoder: nnx.GraphDef
+    decoder_state: nnx.State
+    before_first_step: bool
+
+
+def read_previews(config: TrainConfig, config_file: Path) -> list[Preview]:
+    """Reads the prompts of ``[sample]`` and opens their pictures; none without the table.
+
+    Raises:
+        BadInput: nothing says when, or a prompt, a switch, a size or a picture is no good.
+    """
+    sample = config.sample
+    if sample is None:
+        return []
+    if sample.every_n_steps is None and sample.every_n_epochs is None:
+        raise BadInput(f"{config_file}: [sample]: set every_n_steps or every_n_epochs")
+    size = Bucket(sample.width, sample.height, sample.frames)
+    check_bucket(size, source=f"{config_file}: [sample]")
+    if isinstance(sample.prompts, str):
+        source = sample.prompts
+        requests = read_prompt_file(Path(source), sample.defaults)
+    else:
+        source = f"{config_file}: [sample] prompts"
+        requests = [
+            read_prompt(
+                prompt,
+                sample.defaults,
+                source=f"{source}, prompt {number}",
+                folder=config_file.parent,
+            )
+            for number, prompt in enumerate(sample.prompts, 1)
+        ]
+    return [
+        _check(request, source=f"{source}, prompt {number}")
+        for number, request in enumerate(requests, 1)
+    ]
+
+
+def prepare_previews(
+    config: TrainConfig,
+    previews: Sequence[Preview],
+    *,
+    first_step: int,
+    total_steps: int,
+    offset: int,
+    steps_per_epoch: int,
+    is_new: bool,
+) -> Prepared | None:
+    """Encodes texts and pictures, or does nothing if no preview is ahead.
+
+    No network is on the device before or afterwards.
+
+    Args:
+        config: of the run.
+        previews: from ``read_previews``.
+        first_step: steps that are done.
+        total_steps: steps after which the run ends.
+        offset: see ``resuming.Start.data_offset``.
+        steps_per_epoch: of the loader.
+        is_new: the run does not go on from a checkpoint.
+
+    Raises:
+        BadInput: the model folder is damaged.
+    """
+    sample = config.sample
+    if sample is None:
+        return None
+    before_first_step = is_new and sample.before_first_step
+    if not before_first_step and not is_preview_ahead(
+        sample, first_step, total_steps, offset=offset, steps_per_epoch=steps_per_epoch
+    ):
+        return None
+    folder = Path(config.model.ckpt_path)
+    encoded = _encode(previews, folder)
+    decoder, state = _load_decoder(folder, dtype=sample.vae_dtype)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    largest = max((one.bucket for one in encoded), key=lambda bucket: bucket.num_tokens)
+    log.info(
+        "previews: %d prompts encoded; the largest, %s, needs beside the training state a forward "
+        "pass of %s tokens, then a decoder of %.1f GB and its activations",
+        *(len(encoded), largest, f"{largest.num_tokens:,}", num_bytes / 1e9),
+    )
+    return Prepared(encoded, decoder, state, before_first_step)
+
+
+class Previewer:
+    """Makes the videos of a run.
+
+    Args:
+        prepared: from ``prepare_previews``.
+        run_dir: the run's folder.
+        graphdef: structure of the model, from ``split_model`` or ``split_full``.
+        frozen: the base weights, as the train step reads them.
+        sharding: of what is put on the device.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        *,
+        graphdef: nnx.GraphDef,
+        frozen: Frozen,
+        sharding: Sharding,
+    ):
+        self._prepared, self._run_dir = prepared, run_dir
+        self._graphdef, self._frozen, self._sharding = graphdef, frozen, sharding
+        self._is_first = True
+        self.before_first_step = prepared.before_first_step
+
+    def __call__(self, state: TrainState, progress: Progress, step: int, wishes: Wishes) -> None:
+        """Makes a video of each prompt: ``samples/step00000500/00.mp4`` and so on.
+
+        What fails is a warning. A wish to stop ends it early.
+
+        Args:
+            state: that ``step`` steps made; it is only read. Its averaged weights are sampled from
+                if there are any.
+            progress: gets small animations for TensorBoard, and a line.
+            step: steps done.
+            wishes: that the user may have in the meantime.
+        """
+        progress.flush()
+        start = time.monotonic()
+        try:
+            num_made = self._make(state, progress, step, wishes)
+        except _Stopped:
+            progress.say(f"step {step}: previews end early: the run is to stop")
+            return
+        finally:
+            gc.collect()  # NNX modules are cyclic: the decoder would keep its device memory
+        seconds = time.monotonic() - start
+        progress.say(f"step {step}: {num_made} previews in {seconds:.1f} s: {self._folder(step)}")
+
+    def _make(self, state: TrainState, progress: Progress, step: int, wishes: Wishes) -> int:
+        previews = self._prepared.previews
+        latents: dict[int, np.ndarray] = {}
+
+        def check() -> None:
+            if wishes.read().stop:
+                raise _Stopped
+
+        with _forgiving(progress, step, "previews"):
+            folder = self._folder(step)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_prompts(folder, previews)
+            weights = evaluation_weights(state) if state.ema is None else state.ema
+            velocity = make_velocity(self._graphdef, weights, self._frozen, sharding=self._sharding)
+            del weights
+            for number, one in enumerate(previews):
+                with _forgiving(progress, step, _name(number, one)):
+                    latents[number] = _sample(velocity, one, on_step=check)
+            del velocity
+            vae = nnx.merge(
+                self._prepared.decoder,
+                jax.device_put(self._prepared.decoder_state, self._sharding),
+            )
+            num_made = 0
+            for number, latents_BTYXC in latents.items():
+                one = previews[number]
+                with _forgiving(progress, step, _name(number, one)):
+                    chunks = _check_between(vae.decode_chunks(latents_BTYXC), check)
+                    gif = _write_video(folder / f"{number:02}.mp4", chunks, one)
+                    progress.add_animation(f"{FOLDER}/{number:02}", gif, step)
+                    if self._is_first:
+                        progress.add_text(f"{FOLDER}/{number:02}", one.request.prompt, step)
+                    num_made += 1
+            self._is_first = False
+            return num_made
+        return 0
+
+    def _folder(self, step: int) -> Path:
+        return self._run_dir / FOLDER / f"step{step:08}"
+
+
+class _Stopped(Exception):
+    """The user wants the run to stop."""
+
+
+@contextmanager
+def _forgiving(progress: Progress, step: int, what: str) -> Iterator[None]:
+    """Makes a warning of whatever goes wrong: a run is worth more than its previews."""
+    try:
+        yield
+    except _Stopped:
+        raise
+    except Exception as error:
+        progress.say(f"warning: step {step}: {what} failed: {_explain(error)}; training goes on")
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "out of memory; lower --w, --h and --f of the prompt, or [sample] width, height and "
+            "frames, and have vae_dtype = 'bfloat16'"
+        )
+    if is_full_disk(error):
+        return "the disk is full; free some space"
+    return one_line(" ".join(str(error).split())[:300]) or type(error).__name__
+
+
+def _check(request: Request, *, source: str) -> Preview:
+    if request.seed < 0:
+        raise BadInput(
+            f"{source}: --d {request.seed} asks for a drawn seed; only videos of one noise can be "
+            "compared: give 0 or more"
+        )
+    return Preview(request, *choose_frame(request, source=source))
+
+
+def _encode(previews: Sequence[Preview], folder: Path) -> list[Encoded]:
+    requests = [one.request for one in previews]
+    texts = [request.prompt for request in requests]
+    texts += [_negative(request) for request in requests if request.guidance != 1]
+    text_of = _encode_texts(list(dict.fromkeys(texts)), folder)
+    gc.collect()  # the text encoder's arrays go before the VAE's come
+    frames = _encode_frames([one.frame_BTYX3 for one in previews], folder)
+    gc.collect()
+    return [
+        Encoded(
+            one.request,
+            one.bucket,
+            text_of[one.request.prompt],
+            None if one.request.guidance == 1 else text_of[_negative(one.request)],
+            frame_B1YXC,
+        )
+        for one, frame_B1YXC in zip(previews, frames, strict=True)
+    ]
+
+
+def _encode_texts(texts: list[str], folder: Path) -> dict[str, np.ndarray]:
+    encoder = load_fitting_text_encoder(folder, memory_bytes=device_memory())
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
+    found = {}
+    size = min(_TEXTS_AT_ONCE, len(texts))
+    for start in range(0, len(texts), size):
+        some = texts[start : start + size]
+        filler = [""] * (size - len(some))  # each batch size compiles once
+        for text, text_SE in zip(
+            some, encode_text(encoder, tokenizer, some + filler)[: len(some)], strict=True
+        ):
+            found[text] = pad_text([text_SE])
+            if is_cut(tokenizer, text):
+                log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
+    return found
+
+
+def _encode_frames(frames: Sequence[np.ndarray | None], folder: Path) -> list[np.ndarray | None]:
+    if all(frame is None for frame in frames):
+        return list(frames)
+    vae = load_vae(folder)
+    del vae.decoder
+    return [
+        None if frame is None else np.asarray(next(vae.encode_chunks([frame]))) for frame in frames
+    ]
+
+
+def _load_decoder(folder: Path, *, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    vae = load_vae(folder, dtype=dtype, host=True)
+    del vae.encoder, vae.conv1
+    return nnx.split(vae)
+
+
+def _negative(request: Request) -> str:
+    return request.negative or NEGATIVE_PROMPT
+
+
+def _name(number: int, one: Encoded) -> str:
+    return f"preview {number:02} ({one.request.prompt:.40}, {one.bucket})"
+
+
+def _sample(velocity: Velocity, one: Encoded, *, on_step: Any) -> np.ndarray:
+    request = one.request
+    latents_BTYXC = sample_latents(
+        velocity,
+        one.text_BSE,
+        one.negative_BSE,
+        shape=(1, *one.bucket.latent_TYX, LATENT_CHANNELS),
+        solver=request.solver,
+        steps=request.steps,
+        shift=request.shift,
+        guidance=request.guidance,
+        key=jax.random.key(request.seed),
+        first_frame=one.first_frame_B1YXC,
+        on_step=on_step,
+    )
+    return np.asarray(latents_BTYXC)
+
+
+def _check_between(chunks: Iterable[jax.Array], check: Any) -> Iterator[np.ndarray]:
+    for video_BTYX3 in chunks:
+        check()
+        yield quantise_video(video_BTYX3)[0]
+
+
+def _write_video(path: Path, chunks: Iterable[np.ndarray], one: Encoded) -> bytes:
+    """Writes the file; returns a small animation of it."""
+    small: list[Image.Image] = []
+
+    def collect() -> Iterator[np.ndarray]:
+        first = 0
+        for chunk_TYX3 in chunks:
+            few = chunk_TYX3[-first % _ANIMATION_EVERY :: _ANIMATION_EVERY]
+            small.extend(shrink_frames(few, longest_px=_ANIMATION_PX))
+            first += len(chunk_TYX3)
+            yield chunk_TYX3
+
+    write_mp4(path, collect(), width_px=one.bucket.width_px, height_px=one.bucket.height_px)
+    return encode_animation(small, kind="GIF", fps=FPS / _ANIMATION_EVERY)
+
+
+def _write_prompts(folder: Path, previews: Sequence[Encoded]) -> None:
+    entries = [
+        asdict(one.request)
+        | one.bucket._asdict()
+        | {
+            "negative": _negative(one.request),
+            "image": one.request.image and f"{one.request.image}",
+        }
+        for one in previews
+    ]
+    partial = folder / f".{PROMPTS}.partial"
+    try:
+        partial.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(folder / PROMPTS)
+    finally:
+        partial.unlink(missing_ok=True)
