@@ -33,6 +33,7 @@ LAYERS = [
     {
         "wan22_jax.data.thumbnail",
         "wan22_jax.data.animation",
+        "wan22_jax.preview_files",
         "wan22_jax.data.buckets",
         "wan22_jax.data.batching",
         "wan22_jax.data.index",
@@ -42,7 +43,7 @@ LAYERS = [
     | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"}
     | {"wan22_jax.training.full", "wan22_jax.training.rounding", "wan22_jax.training.frozen"}
     | {"wan22_jax.refused_keys"},
-    {"wan22_jax.training.wandb_log", "wan22_jax.charts"},
+    {"wan22_jax.training.wandb_log", "wan22_jax.charts", "wan22_jax.report_samples"},
     {
         "wan22_jax.data.cache",
         "wan22_jax.training.optimizer_options",

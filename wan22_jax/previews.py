@@ -6,10 +6,9 @@ of the prompt's seed alone, nothing that training reads is written, and no failu
 """
 
 import gc
-import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from wan22_jax.data.video_file import write_mp4
 from wan22_jax.errors import BadInput, is_full_disk, one_line
 from wan22_jax.geometry import FPS, LATENT_CHANNELS, Bucket, check_bucket
 from wan22_jax.model_folder import load_fitting_text_encoder, load_vae, tokenizer_folder
+from wan22_jax.preview_files import SAMPLES, make_step_folder, name_video
 from wan22_jax.prompts import Request, choose_frame, read_prompt, read_prompt_file
 from wan22_jax.sample import quantise_video
 from wan22_jax.sampling import NEGATIVE_PROMPT, Velocity, sample_latents
@@ -41,9 +41,7 @@ from wan22_jax.training.step import TrainState
 from wan22_jax.velocity import make_velocity
 
 log = logging.getLogger(__name__)
-
-FOLDER = "samples"  # in a run folder; report_samples.py reads it
-PROMPTS = "prompts.json"  # in each step's folder: what its videos were asked to be, by number
+Check = Callable[[], None]  # raises if the user wants the run to stop
 _TEXTS_AT_ONCE = 8
 _ANIMATION_PX = 256  # of TensorBoard's pictures
 _ANIMATION_EVERY = 3  # so manieth frame is in them
@@ -195,55 +193,58 @@ class Previewer:
         """
         progress.flush()
         start = time.monotonic()
-        try:
-            num_made = self._make(state, progress, step, wishes)
-        except _Stopped:
-            progress.say(f"step {step}: previews end early: the run is to stop")
-            return
-        finally:
-            gc.collect()  # NNX modules are cyclic: the decoder would keep its device memory
-        seconds = time.monotonic() - start
-        progress.say(f"step {step}: {num_made} previews in {seconds:.1f} s: {self._folder(step)}")
-
-    def _make(self, state: TrainState, progress: Progress, step: int, wishes: Wishes) -> int:
-        previews = self._prepared.previews
-        latents: dict[int, np.ndarray] = {}
 
         def check() -> None:
             if wishes.read().stop:
                 raise _Stopped
 
-        with _forgiving(progress, step, "previews"):
-            folder = self._folder(step)
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_prompts(folder, previews)
-            weights = evaluation_weights(state) if state.ema is None else state.ema
-            velocity = make_velocity(self._graphdef, weights, self._frozen, sharding=self._sharding)
-            del weights
-            for number, one in enumerate(previews):
-                with _forgiving(progress, step, _name(number, one)):
-                    latents[number] = _sample(velocity, one, on_step=check)
-            del velocity
-            vae = nnx.merge(
-                self._prepared.decoder,
-                jax.device_put(self._prepared.decoder_state, self._sharding),
-            )
-            num_made = 0
-            for number, latents_BTYXC in latents.items():
-                one = previews[number]
-                with _forgiving(progress, step, _name(number, one)):
-                    chunks = _check_between(vae.decode_chunks(latents_BTYXC), check)
-                    gif = _write_video(folder / f"{number:02}.mp4", chunks, one)
-                    progress.add_animation(f"{FOLDER}/{number:02}", gif, step)
-                    if self._is_first:
-                        progress.add_text(f"{FOLDER}/{number:02}", one.request.prompt, step)
-                    num_made += 1
-            self._is_first = False
-            return num_made
-        return 0
+        try:
+            with _forgiving(progress, step, "previews"):
+                asked = [_describe(one) for one in self._prepared.previews]
+                folder = make_step_folder(self._run_dir, step, asked)
+                latents = self._sample(state, progress, step, check)
+                num_made = self._decode(latents, folder, progress, step, check)
+                seconds = time.monotonic() - start
+                progress.say(f"step {step}: {num_made} previews in {seconds:.1f} s: {folder}")
+        except _Stopped:
+            progress.say(f"step {step}: the previews end early, as the run is to stop")
+        finally:
+            gc.collect()  # NNX modules are cyclic: the decoder would keep its device memory
 
-    def _folder(self, step: int) -> Path:
-        return self._run_dir / FOLDER / f"step{step:08}"
+    def _sample(
+        self, state: TrainState, progress: Progress, step: int, check: Check
+    ) -> dict[int, np.ndarray]:
+        weights = evaluation_weights(state) if state.ema is None else state.ema
+        velocity = make_velocity(self._graphdef, weights, self._frozen, sharding=self._sharding)
+        latents = {}
+        for number, one in enumerate(self._prepared.previews):
+            if self._is_first:
+                progress.add_text(f"{SAMPLES}/{number:02}", one.request.prompt, step)
+            with _forgiving(progress, step, _name(number, one)):
+                latents[number] = _sample(velocity, one, on_step=check)
+        self._is_first = False
+        return latents
+
+    def _decode(
+        self,
+        latents: dict[int, np.ndarray],
+        folder: Path,
+        progress: Progress,
+        step: int,
+        check: Check,
+    ) -> int:
+        """Returns how many videos there are now."""
+        num_made = 0
+        state = jax.device_put(self._prepared.decoder_state, self._sharding)
+        vae = nnx.merge(self._prepared.decoder, state)
+        for number, latents_BTYXC in latents.items():
+            one = self._prepared.previews[number]
+            with _forgiving(progress, step, _name(number, one)):
+                chunks = _quantise(vae.decode_chunks(latents_BTYXC), check)
+                gif = _write_video(folder / name_video(number), chunks, one.bucket)
+                progress.add_animation(f"{SAMPLES}/{number:02}", gif, step)
+                num_made += 1
+        return num_made
 
 
 class _Stopped(Exception):
@@ -253,19 +254,21 @@ class _Stopped(Exception):
 @contextmanager
 def _forgiving(progress: Progress, step: int, what: str) -> Iterator[None]:
     """Makes a warning of whatever goes wrong: a run is worth more than its previews."""
+    gc.collect()  # what a failure before has left on the device
     try:
         yield
     except _Stopped:
         raise
     except Exception as error:
-        progress.say(f"warning: step {step}: {what} failed: {_explain(error)}; training goes on")
+        reason = _explain(error)
+        progress.say(f"warning: step {step}: {what} failed: {reason}; training goes on")
 
 
 def _explain(error: Exception) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "out of memory; lower --w, --h and --f of the prompt, or [sample] width, height and "
-            "frames, and have vae_dtype = 'bfloat16'"
+            "out of memory; lower --w, --h or --f of the prompt, or [sample] width, height or "
+            "frames, and leave vae_dtype at 'bfloat16'"
         )
     if is_full_disk(error):
         return "the disk is full; free some space"
@@ -342,7 +345,7 @@ def _name(number: int, one: Encoded) -> str:
     return f"preview {number:02} ({one.request.prompt:.40}, {one.bucket})"
 
 
-def _sample(velocity: Velocity, one: Encoded, *, on_step: Any) -> np.ndarray:
+def _sample(velocity: Velocity, one: Encoded, *, on_step: Check) -> np.ndarray:
     request = one.request
     latents_BTYXC = sample_latents(
         velocity,
@@ -360,13 +363,13 @@ def _sample(velocity: Velocity, one: Encoded, *, on_step: Any) -> np.ndarray:
     return np.asarray(latents_BTYXC)
 
 
-def _check_between(chunks: Iterable[jax.Array], check: Any) -> Iterator[np.ndarray]:
+def _quantise(chunks: Iterable[jax.Array], check: Check) -> Iterator[np.ndarray]:
     for video_BTYX3 in chunks:
         check()
         yield quantise_video(video_BTYX3)[0]
 
 
-def _write_video(path: Path, chunks: Iterable[np.ndarray], one: Encoded) -> bytes:
+def _write_video(path: Path, chunks: Iterable[np.ndarray], bucket: Bucket) -> bytes:
     """Writes the file; returns a small animation of it."""
     small: list[Image.Image] = []
 
@@ -378,23 +381,12 @@ def _write_video(path: Path, chunks: Iterable[np.ndarray], one: Encoded) -> byte
             first += len(chunk_TYX3)
             yield chunk_TYX3
 
-    write_mp4(path, collect(), width_px=one.bucket.width_px, height_px=one.bucket.height_px)
+    write_mp4(path, collect(), width_px=bucket.width_px, height_px=bucket.height_px)
     return encode_animation(small, kind="GIF", fps=FPS / _ANIMATION_EVERY)
 
 
-def _write_prompts(folder: Path, previews: Sequence[Encoded]) -> None:
-    entries = [
-        asdict(one.request)
-        | one.bucket._asdict()
-        | {
-            "negative": _negative(one.request),
-            "image": one.request.image and f"{one.request.image}",
-        }
-        for one in previews
-    ]
-    partial = folder / f".{PROMPTS}.partial"
-    try:
-        partial.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(folder / PROMPTS)
-    finally:
-        partial.unlink(missing_ok=True)
+def _describe(one: Encoded) -> dict[str, Any]:
+    """Says what a video is asked to be, in what JSON can hold."""
+    image = one.request.image and f"{one.request.image}"
+    size = {"width": one.bucket.width_px, "height": one.bucket.height_px}
+    return asdict(one.request) | size | {"image": image}

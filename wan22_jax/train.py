@@ -96,6 +96,7 @@ def train(
             what was trained cannot be saved.
     """
     config = load_config(config_file, overrides)
+    previews = read_previews(config, config_file)
     claim_gpu(  # before anything starts JAX's backend
         deterministic=config.deterministic, counts_host=config.adapter is None
     )
@@ -116,7 +117,6 @@ def train(
     eval_sets = open_eval_sets(config, card)
     for name, examples in eval_sets.items():
         log.info("evaluation set %s: %d examples", name, len(examples))
-    previews = read_previews(config, config_file)
     cadence = Cadence(config, examples_per_step=config.global_batch)
     retention = make_retention(config)
     meta = describe_run(config, card, loader)

@@ -152,7 +152,7 @@ def _read_file(path: Path) -> tuple[Session | None, dict[str, tuple[list[int], l
     about: dict | None = None
     config = ""
     points: dict[str, tuple[list[int], list[float]]] = {}
-    for event in _iterate(path):
+    for event in iterate_events(path):
         for value in event.summary.value:
             if value.tag.startswith(f"{_SESSION}/"):
                 about = json.loads(value.tensor.string_val[0])
@@ -168,7 +168,7 @@ def _read_file(path: Path) -> tuple[Session | None, dict[str, tuple[list[int], l
     return Session(**about | {"changes": tuple(about["changes"]), "config": config}), points
 
 
-def _iterate(path: Path) -> Iterator[Event]:
+def iterate_events(path: Path) -> Iterator[Event]:
     """Yields the events up to a record that is not whole: the file grows, or its run was killed.
 
     A record is its length (8 bytes), a checksum (4), the event and a checksum (4).
