@@ -254,7 +254,6 @@ class _Stopped(Exception):
 @contextmanager
 def _forgiving(progress: Progress, step: int, what: str) -> Iterator[None]:
     """Makes a warning of whatever goes wrong: a run is worth more than its previews."""
-    gc.collect()  # what a failure before has left on the device
     try:
         yield
     except _Stopped:
