@@ -107,7 +107,7 @@ def make_clips() -> None:
     import numpy as np
     from PIL import Image
 
-    from wan22_jax.data.video_file import write_mp4
+    from wan22_jax.data.video_file import write_video
 
     listing = ""
     for width, height, frames in BUCKETS:
@@ -118,7 +118,7 @@ def make_clips() -> None:
             rows, columns = np.mgrid[:height, :width]
             inside = (rows - height / 2) ** 2 + (columns - 4 * index - 200) ** 2 < 100**2
             drawn.append(np.where(inside[..., None], [220, 50, 50], [200, 200, 200]).astype("u1"))
-        write_mp4(
+        write_video(
             folder / "clip.mp4", iter([np.stack(drawn)]), width_px=width, height_px=height, fps=24
         )
         (folder / "clip.txt").write_text("a circle moves\n")

@@ -5,7 +5,7 @@ for reading weights. Prints one line of JSON after the word RESULT. Needs the pa
 the repository's root on PYTHONPATH.
 
     python benchmarks/sample.py step --dtype float8            # seconds a guided step, peak GB
-    python benchmarks/sample.py step --stream --memory_gb 12   # blocks in host memory
+    python benchmarks/sample.py step --memory_gb 12            # blocks in host memory as needed
     python benchmarks/sample.py step --trace profile           # and where the time goes
     python benchmarks/sample.py decode                         # seconds a clip, peak GB
     python benchmarks/sample.py step --tiny --bucket 64x64x5   # does it run, on a CPU
@@ -24,15 +24,16 @@ import numpy as np
 from encode import fill, time_calls
 from flax import nnx
 from kernel_table import format_kernels, read_kernels
-from random_model import TINY, limit_memory, make_model
+from random_model import TINY, add_lora, limit_memory, make_model
 
 from wan22_jax.demo_checkpoint import TINY_VAE
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.model.vae import WAN22_VAE, WanVAE
-from wan22_jax.sample import quantise_video
+from wan22_jax.sample import fetch_video
 from wan22_jax.sampling import sample_latents
-from wan22_jax.sharding import claim_gpu
+from wan22_jax.sharding import claim_gpu, device_memory, make_mesh, replicated
+from wan22_jax.velocity import choose_blocks_to_swap, place_velocity
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
     parser.add_argument("--dtype", choices=("bfloat16", "float8", "float32"), default="bfloat16")
     parser.add_argument("--guidance", type=float, default=5.0, help="1: one model call a step")
+    parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
     parser.add_argument("--repeats", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
     parser.add_argument("--trace", type=Path, help="folder for a profile of one more step")
@@ -75,7 +77,15 @@ def parse_arguments() -> argparse.Namespace:
 def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
     """Times the steps of one run of the sampler; the first compiles."""
     config = TINY if args.tiny else TI2V_5B
-    model = make_model(config, dtype=args.dtype)
+    swap = choose_blocks_to_swap(
+        config, dtype=args.dtype, num_tokens=bucket.num_tokens, memory_bytes=device_memory()
+    )
+    # Drawn on the device, weights would leave it in pieces too small for what a step needs.
+    model = make_model(config, dtype=args.dtype, on_host=args.memory_gb is not None)
+    if args.lora:
+        add_lora(model, seed=2, std_b=0.03)
+    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(make_mesh()))
+    del model
     keys = jax.random.split(jax.random.key(1), 2)
     shape = (1, config.text_len, config.text_dim)
     text_BSE, negative_BSE = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
@@ -83,7 +93,7 @@ def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
 
     def run(steps: int) -> None:
         latents_BTYXC = sample_latents(
-            model,
+            velocity,
             text_BSE,
             negative_BSE,
             shape=(1, *bucket.latent_TYX, config.in_channels),
@@ -104,6 +114,8 @@ def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
         print(format_kernels(read_kernels(args.trace), num_steps=1), flush=True)
     return {
         "guidance": args.guidance,
+        "lora": args.lora,
+        "blocks_to_swap": swap,
         "s": round(statistics.median(seconds), 4),
         "s_all": [round(value, 4) for value in seconds],
         "first_s": round(first_s, 1),
@@ -121,7 +133,7 @@ def time_decoding(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
 
     def run() -> None:
         frames = sum(
-            quantise_video(video_BTYX3).shape[1] for video_BTYX3 in vae.decode_chunks(latents_BTYXC)
+            len(video_TYX3) for video_TYX3 in fetch_video(vae.decode_chunks(latents_BTYXC))
         )
         assert frames == bucket.frames
 

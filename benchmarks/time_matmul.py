@@ -6,6 +6,7 @@ error is the largest of all numbers, relative to |result| + the standard deviati
 on tensor cores that hold some 14 bits: XLA asks cuBLAS for fast accumulation.
 
     python benchmarks/time_matmul.py
+    python benchmarks/time_matmul.py --rank 0       # without an adapter, as in sampling
     python benchmarks/time_matmul.py --tune         # with other schedules too: minutes
     python benchmarks/time_matmul.py --interpret    # is it right? on a CPU, with jax 0.11 or newer
 """
@@ -61,12 +62,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2304, 27280])
+    parser.add_argument("--rank", type=int, help="of the adapter, 0 for none")
     parser.add_argument("--tune", action="store_true", help="try other schedules too")
     parser.add_argument("--interpret", action="store_true", help="check tiny sizes without a GPU")
     args = parser.parse_args()
     if args.interpret:
         schedules = [Schedule(cluster=n) for n in (1, 2)]
-        errors = [check_interpreted(case, 206, each) for case in TINY for each in schedules]
+        cases = (*TINY, TINY[0]._replace(rank=0))
+        errors = [check_interpreted(case, 206, each) for case in cases for each in schedules]
         print("RESULT " + json.dumps({"error": max(errors)}))
         return
     claim_gpu()
@@ -75,7 +78,7 @@ def main() -> None:
         two_ms = one_ms = 0.0
         print("| tokens | linear | two us, error | one us, error | TFLOP/s | ratio | schedule |")
         print("| --- " * 7 + "|")
-        for case in (*FORWARD_CASES, *BACKWARD_CASES):
+        for case in list_cases(args.rank):
             operands, weights = draw(case, tokens, num_weights=NUM_WEIGHTS)
             wanted = compute_wanted(case, tokens, weights[0], *operands)
             two_s, outs = time_calls(case, tokens, matmul.multiply_then_add, operands, weights)
@@ -100,6 +103,16 @@ def main() -> None:
         print("RESULT " + json.dumps(result), flush=True)
 
 
+def list_cases(rank: int | None) -> list[Case]:
+    """Every linear in both directions; without an adapter there is only one."""
+    if rank == 0:
+        return [case._replace(rank=0) for case in FORWARD_CASES]
+    return [
+        case if rank is None else case._replace(rank=case.rank * rank // FORWARD_CASES[0].rank)
+        for case in (*FORWARD_CASES, *BACKWARD_CASES)
+    ]
+
+
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="num_weights")
 def draw(case: Case, tokens: int, *, num_weights: int = 1) -> tuple[list[Any], list[jax.Array]]:
     """Draws (x, row_scale, scale, bias, low, high) and weights; rows are padded as in a step."""
@@ -116,6 +129,7 @@ def draw(case: Case, tokens: int, *, num_weights: int = 1) -> tuple[list[Any], l
     low = numbers(tokens, total).astype(jnp.bfloat16)
     shape = (case.num_out, case.rank) if case.forward else (total, case.num_out)
     high = numbers(*shape).astype(jnp.bfloat16)
+    low, high = (None, None) if case.rank == 0 else (low, high)
     shape = (case.num_out, case.num_in) if case.forward else (case.num_in, case.num_out)
     weight = numbers(*shape).astype(FORWARD)
     weights = [jnp.roll(weight, number, axis=0) for number in range(num_weights)]
@@ -132,12 +146,13 @@ def run(
     row_scale: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    low: jax.Array,
-    high: jax.Array,
+    low: jax.Array | None,
+    high: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """Calls it as the train step does, which transposes weights for the backward pass."""
     weight = weight if case.forward else weight.T
-    highs = jnp.split(high, case.groups) if case.forward else [high]
+    highs = jnp.split(high, case.groups) if case.forward and high is not None else [high]
+    highs = [None] * case.groups if high is None else highs
     args = (x, weight, row_scale, scale, bias, low, highs)
     return multiply_add(*args, num_rows=tokens, transposed=case.forward)
 
@@ -173,11 +188,13 @@ def compute_wanted(
     row_scale: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    low: jax.Array,
-    high: jax.Array,
+    low: jax.Array | None,
+    high: jax.Array | None,
 ) -> jax.Array:
     """The result in float32, [tokens, num_out]."""
     dot = partial(jnp.dot, precision="highest", preferred_element_type=jnp.float32)
+    low = jnp.zeros((tokens, 16 * case.groups)) if low is None else low
+    high = jnp.zeros((case.num_out, 16)) if high is None else high
     weight, x, low, high = (each.astype(jnp.float32) for each in (weight, x, low, high))
     wanted = dot(x[:tokens], weight.T if case.forward else weight) * row_scale[:tokens, None]
     if scale is None or bias is None:

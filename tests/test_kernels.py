@@ -213,7 +213,7 @@ def test_hopper_is_known_by_its_capability(capability, version, platform, cores,
         ({"groups": 2, "num_out": 768}, False),
         ({"num_in": 192}, False),
         ({"rank": 8}, False),
-        ({"rank": 0}, False),
+        ({"rank": 0}, True),  # without an adapter
     ],
 )
 def test_one_kernel_is_taken_for_the_shapes_that_it_fits(change, is_taken, monkeypatch):

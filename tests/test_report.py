@@ -15,7 +15,7 @@ from PIL import Image
 
 from wan22_jax import train
 from wan22_jax.charts import Line, draw_chart, smooth
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.data.video_file import write_video
 from wan22_jax.run_summary import measure_trend, read_run
 from wan22_jax.training.events import Curve, EventLog, Session
 from wan22_jax.training.status import FILE, Status, write_status
@@ -141,7 +141,7 @@ def test_the_report_holds_all_that_the_run_has(run_dir, capsys):
     samples = run_dir / "samples" / "step40"
     samples.mkdir(parents=True)
     frames_TYX3 = np.full((5, 32, 48, 3), 200, np.uint8)
-    write_mp4(samples / "dog.mp4", [frames_TYX3], width_px=48, height_px=32)
+    write_video(samples / "dog.mp4", [frames_TYX3], width_px=48, height_px=32)
     Image.fromarray(frames_TYX3[0]).save(samples / "cat & mouse.png")
     (samples / "prompts.txt").write_text("no picture")
     assert show("--report", str(run_dir)) == 0

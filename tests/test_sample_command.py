@@ -1,6 +1,5 @@
 """wan22-sample: sizes, pictures and files; what it refuses; the whole command on tiny networks."""
 
-import errno
 import gc
 import types
 import weakref
@@ -16,13 +15,14 @@ from PIL import Image
 from wan22_jax import sample as command
 from wan22_jax.adapter import Adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.data.video_file import read_metadata
 from wan22_jax.demo_checkpoint import TINY_TEXT_ENCODER
-from wan22_jax.errors import BadInput, run_command
-from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.errors import BadInput
+from wan22_jax.model.transformer import TI2V_5B, TransformerConfig, WanTransformer
 from wan22_jax.model.vae import VAEConfig, WanVAE
 from wan22_jax.model_folder import ModelCard
 from wan22_jax.sampling import NEGATIVE_PROMPT
+from wan22_jax.velocity import choose_blocks_to_swap
 
 # Made with the original's best_output_size(w, h, 32, 32, 704 * 1280).
 OUTPUT_SIZES = {
@@ -78,35 +78,8 @@ def test_picture_is_opened_upright_and_on_white(tmp_path):
 def test_bytes_are_cut_off_not_rounded():
     video = jnp.array([-3.0, -1, -0.5, 0, 0.5, 0.999, 1, 7]).reshape(1, 1, 1, 8, 1).repeat(3, -1)
     wanted = [0, 0, 63, 127, 191, 254, 255, 255]  # 63.75, 127.5, 191.25, 254.87
-    assert command.quantise_video(video)[0, 0, 0, :, 1].tolist() == wanted
-
-
-def test_mp4_holds_the_frames(tmp_path):
-    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[:, None], (64, 96))
-    frames = np.stack([np.roll(ramp, 4 * i, 0) for i in range(9)])[..., None].repeat(3, -1)
-    path = tmp_path / "a.mp4"
-    written = write_mp4(path, [frames[:1], frames[1:5], frames[5:]], width_px=96, height_px=64)
-    assert written == 9
-    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.average_rate) == ("h264", 24)
-        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-    assert decoded.shape == frames.shape
-    assert np.abs(decoded.astype(int) - frames).mean() < 3
-
-
-def test_failure_leaves_no_file(tmp_path, capsys):
-    def frames():
-        yield np.zeros((1, 64, 64, 3), np.uint8)
-        raise OSError(errno.ENOSPC, "No space left on device", "a.mp4")
-
-    def write():
-        write_mp4(tmp_path / "a.mp4", frames(), width_px=64, height_px=64)
-
-    assert run_command(write) == 2
-    assert "the disk is full while writing a.mp4" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    (found,) = command.fetch_video([video])
+    assert found[0, 0, :, 1].tolist() == wanted
 
 
 TRANSFORMER = TransformerConfig(
@@ -145,6 +118,7 @@ def make_random(network, config):
 def model(monkeypatch, tmp_path, transformer, vae):
     """Puts tiny networks in place of a model folder; returns what they were asked for."""
     asked = types.SimpleNamespace(prompts=[], dtypes=[], digests=[], sampled=[], loaded=[])
+    asked.vae_dtypes = []
     asked.stored = "bfloat16"
 
     def read_model_card(folder):
@@ -168,13 +142,19 @@ def model(monkeypatch, tmp_path, transformer, vae):
             for i, text in enumerate(prompts)
         ]
 
-    def load_text_encoder(_, *, dtype):
+    def load_fitting_text_encoder(_, *, dtype, memory_bytes):
+        assert memory_bytes is None  # of a CPU
         asked.dtypes.append(dtype)
         return "encoder"
 
-    def load_transformer(_, *, dtype):
+    def load_transformer(_, *, dtype, host):
+        assert host
         asked.dtypes.append(dtype)
         return load(transformer)
+
+    def load_vae(_, *, dtype):
+        asked.vae_dtypes.append(dtype)
+        return load(vae)
 
     def load(network):
         assert all(loaded() is None for loaded in asked.loaded), "two networks in memory"
@@ -201,10 +181,10 @@ def model(monkeypatch, tmp_path, transformer, vae):
     original = command.sample_latents
     monkeypatch.setattr(command, "read_model_card", read_model_card)
     monkeypatch.setattr(command, "load_tokenizer", lambda _: "tokenizer")
-    monkeypatch.setattr(command, "load_text_encoder", load_text_encoder)
+    monkeypatch.setattr(command, "load_fitting_text_encoder", load_fitting_text_encoder)
     monkeypatch.setattr(command, "encode_text", encode_text)
     monkeypatch.setattr(command, "load_transformer", load_transformer)
-    monkeypatch.setattr(command, "load_vae", lambda _: load(vae))
+    monkeypatch.setattr(command, "load_vae", load_vae)
     monkeypatch.setattr(command, "load_adapter", load_adapter)
     monkeypatch.setattr(command, "sample_latents", sample_latents)
     asked.flags = ["--model", str(tmp_path / "model"), "--prompt", "a red ball"]
@@ -233,6 +213,25 @@ def test_text_to_video(model, tmp_path, capsys):
     assert (model.sampled[0]["solver"], model.sampled[0]["shift"]) == ("unipc", 5.0)
     assert model.sampled[0]["guidance"] == 5.0
     assert "seed 3" in capsys.readouterr().out
+
+
+def test_out_chooses_the_format(model, tmp_path, capsys):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
+    for name, seen in {"a.gif": "a.gif", "a.webp": "a.webp", "a.png": "a"}.items():
+        run(*flags, "--out", str(tmp_path / name))
+        assert f"{tmp_path / seen}: 5 frames of 64x32" in capsys.readouterr().out
+        with Image.open(tmp_path / seen / "0004.png" if seen == "a" else tmp_path / seen) as image:
+            assert (image.size, getattr(image, "n_frames", 1)) == (
+                (64, 32),
+                1 if seen == "a" else 5,
+            )
+    run(*flags, "--out", str(tmp_path / "still.png"), "--frames", "1")
+    assert (tmp_path / "still.png").is_file()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    model.dtypes.clear()
+    with pytest.raises(BadInput, match=r"a: frames would replace this folder, but notes\.txt"):
+        run(*flags, "--out", str(tmp_path / "a.png"))
+    assert model.dtypes == []
 
 
 def test_seed_negative_prompt_and_lora_each_change_the_video(model):
@@ -277,11 +276,15 @@ def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
         (["--prompt", " "], "--prompt: a text was expected"),
         (["--width", "100"], "width 100 is not a multiple of 32 pixels; use 96"),
         (["--frames", "120"], r"120 frames is not 4n\+1"),
+        (["--prompt", "a cat", "a dog --w 100"], "a dog: width 100 is not a multiple of 32"),
+        (["--prompt", "a dog --x 3"], "--prompt: --x is no switch of a prompt"),
+        (["--lora", "run:nan"], "--lora run:nan: a strength is a number"),
+        (["--blocks_to_swap", "-1"], "--blocks_to_swap: 0 or more expected"),
         (["--steps", "0"], "--steps: 1 or more expected"),
         (["--shift", "0"], "--shift: a number over 0 expected"),
         (["--guidance", "nan"], "--guidance: a number expected"),
         (["--seed", "-2"], "--seed: 0 or more expected"),
-        (["--out", "clip.avi"], "clip.avi: --out takes an .mp4 file"),
+        (["--out", "clip.avi"], r"clip.avi: --out takes an \.mp4, \.gif, \.webp or \.png file"),
         (["--image", "absent.png"], "absent.png: no such picture"),
         (["--model", "elsewhere"], "elsewhere: not a model folder"),
     ],
@@ -316,3 +319,65 @@ def test_refusal_is_one_line_and_code_2(model, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["wan22-sample", *model.flags, "--steps", "0"])
     assert command.main() == 2
     assert capsys.readouterr().err == "error: --steps: 1 or more expected, got 0; 50 is usual\n"
+
+
+def test_several_prompts_seeds_and_switches(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --w 32 --f 1 --s 1\na dog --d 7 --g 1 --fs 3 --n green\n")
+    picture = np.random.default_rng(5).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    with file.open("a") as more:
+        more.write("a cow --i first.png --w 64 --d 8\n")
+    flags = [
+        *model.flags[:2],
+        "--prompts",
+        str(file),
+        "--out",
+        str(tmp_path / "v.gif"),
+        "--w",
+        "64",
+    ]
+    run(*flags, "--h", "32", "--f", "5", "--s", "2", "--d", "1", "2", "--n", "blue")
+    names = ["v_00_seed1", "v_01_seed2", "v_02_seed7", "v_03_seed8"]
+    assert sorted(path.name for path in tmp_path.glob("v*")) == [f"{name}.gif" for name in names]
+    cat, other, dog, cow = (read_metadata(tmp_path / f"{name}.gif") for name in names)
+    assert (cat["width"], cat["frames"], cat["steps"], cat["negative"]) == (32, 1, 1, "blue")
+    assert cat | {"seed": 2} == other
+    assert (dog["guidance"], dog["shift"], dog["negative"], dog["steps"]) == (1, 3, "", 2)
+    assert (cow["width"], cow["height"], cow["image"]) == (64, 32, str(tmp_path / "first.png"))
+    assert cow["model"] == "def"
+    assert model.prompts == ["a cat", "blue", "a dog", "a cow"]  # each once, green not at all
+    assert [each["first_frame"] is None for each in model.sampled] == [True, True, True, False]
+    assert "denoise" in capsys.readouterr().err
+
+
+def test_loras_add_up_with_their_strengths(model):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "1", "--seed", "3"]
+    latents = []
+    for more in (["run"], ["run:0.5", "run:0.5"], ["run:0"], []):
+        run(*flags, *(["--lora", *more] if more else []))
+        latents.append(model.latents)
+    together, halves, none, without = latents
+    np.testing.assert_allclose(halves, together, atol=1e-5)
+    np.testing.assert_allclose(none, without, atol=1e-6)
+    assert np.abs(together - without).max() > 1e-3
+
+
+def test_weights_that_wait_on_the_host_change_nothing(model):
+    flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5", "--seed", "3"]
+    latents = []
+    for swap in ("0", "1", "2"):
+        run(*flags, "--blocks_to_swap", swap)
+        latents.append(model.latents)
+    np.testing.assert_array_equal(latents[0], latents[1])
+    np.testing.assert_array_equal(latents[0], latents[2])
+
+
+def test_no_more_blocks_wait_than_have_to():
+    def choose(memory_gb, dtype="bfloat16"):
+        bytes_ = None if memory_gb is None else int(memory_gb * 1e9)
+        return choose_blocks_to_swap(TI2V_5B, dtype=dtype, num_tokens=27280, memory_bytes=bytes_)
+
+    assert choose(None) == choose(80) == choose(16) == choose(11, "float8") == 0
+    assert 0 < choose(12) < choose(8) < choose(6) < 30
+    assert choose(1) == 30

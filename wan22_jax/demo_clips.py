@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.data.video_file import write_video
 
 DURATION_S = 1.25
 SHAPES = ("circle", "square", "triangle")
@@ -53,7 +53,7 @@ def write_clips(folder: Path) -> list[Path]:
         (width_px, height_px), fps = SIZES[number % 3], RATES[number // 4]
         path = folder / f"{scene.colour}_{scene.shape}.mp4"
         frames = _draw_frames(scene, width_px, height_px, count=round(DURATION_S * fps))
-        write_mp4(path, frames, width_px=width_px, height_px=height_px, fps=fps)
+        write_video(path, frames, width_px=width_px, height_px=height_px, fps=fps)
         path.with_suffix(".txt").write_text(scene.caption + "\n", "utf-8")
         files.append(path)
     for scene, width_px in zip(list_scenes(), (128, 192), strict=False):

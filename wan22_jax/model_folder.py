@@ -204,25 +204,26 @@ def load_text_encoder(folder: Path, *, dtype: DTypeLike | None = None, host: boo
 
 
 def load_fitting_text_encoder(
-    folder: Path, *, memory_bytes: int | None = None
+    folder: Path, *, dtype: DTypeLike | None = None, memory_bytes: int | None = None
 ) -> UMT5 | StreamedUMT5:
     """Loads the text encoder to where there is room for it.
 
     Args:
         folder: a model folder.
+        dtype: as for ``load_transformer``, but not float8.
         memory_bytes: of the device; None where there is no limit to be known.
     """
     card = read_model_card(folder)
-    if memory_bytes is None or fits(card, memory_bytes):
-        return load_text_encoder(folder)
-    return StreamedUMT5(load_text_encoder(folder, host=True))
+    if memory_bytes is None or fits(card, memory_bytes, dtype=dtype):
+        return load_text_encoder(folder, dtype=dtype)
+    return StreamedUMT5(load_text_encoder(folder, dtype=dtype, host=True))
 
 
-def fits(card: ModelCard, memory_bytes: int) -> bool:
+def fits(card: ModelCard, memory_bytes: int, *, dtype: DTypeLike | None = None) -> bool:
     """Whether the text encoder's weights, and 3 GB for 8 prompts, fit into so much memory."""
     module = nnx.eval_shape(lambda: UMT5(card.text_encoder, rngs=nnx.Rngs(0)))
     numbers = sum(math.prod(shape) for shape in stacked_shapes(module).values())
-    itemsize = jnp.dtype(unquantised_dtype(card.dtype)).itemsize
+    itemsize = jnp.dtype(dtype or unquantised_dtype(card.dtype)).itemsize
     return numbers * itemsize + PROMPT_BYTES <= memory_bytes
 
 

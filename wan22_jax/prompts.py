@@ -41,8 +41,8 @@ class Request:
     solver: Solver = "unipc"
 
     def __str__(self) -> str:
-        size = f"{self.width}x{self.height}, {self.frames} frames"
-        return f"{size}, {self.steps} steps of {self.solver}, guidance {self.guidance:g}"
+        with_seed = "" if self.seed == -1 else f", seed {self.seed}"
+        return f"{self.steps} steps of {self.solver}, guidance {self.guidance:g}{with_seed}"
 
 
 _SWITCHES = {
@@ -85,7 +85,10 @@ def read_prompt(text: str, defaults: Request, *, source: str, folder: Path = Pat
             ) from None
     if isinstance(found.get("image"), Path):
         found["image"] = folder / found["image"]
-    return check_request(replace(defaults, prompt=prompt.strip(), **found), source=source)
+    if not prompt.strip():
+        raise BadInput(f"{source}: a text was expected, it is empty; say what the video shows")
+    request = replace(defaults, prompt=prompt.strip(), **found)
+    return check_request(request, source=f"{source}: ")
 
 
 def read_prompt_file(file: Path, defaults: Request) -> list[Request]:
@@ -113,9 +116,12 @@ def read_prompt_file(file: Path, defaults: Request) -> list[Request]:
 
 
 def check_request(request: Request, *, source: str) -> Request:
-    """Returns the request; BadInput if a value is out of range (sizes: ``choose_frame``)."""
-    if not request.prompt:
-        raise BadInput(f"{source}: a text was expected, it is empty; say what the video shows")
+    """Returns the request; BadInput if a value is out of range (sizes: ``choose_frame``).
+
+    Args:
+        request: to be checked, but for its prompt.
+        source: what stands before the name of a value in a message.
+    """
     for name, is_good, what in (
         ("steps", request.steps >= 1, "1 or more expected, got {}; 50 is usual"),
         ("shift", 0 < request.shift < 1000, "a number over 0 expected, got {:g}; 5 is usual"),
@@ -123,7 +129,7 @@ def check_request(request: Request, *, source: str) -> Request:
         ("seed", -1 <= request.seed < 2**63, "0 or more expected, or -1 to draw one, got {}"),
     ):
         if not is_good:
-            raise BadInput(f"{source}: {name}: " + what.format(getattr(request, name)))
+            raise BadInput(f"{source}{name}: " + what.format(getattr(request, name)))
     return request
 
 

@@ -1,47 +1,76 @@
-"""wan22-sample: how does a prompt, and perhaps a picture, become an mp4 file?
+"""wan22-sample: how do prompts, and perhaps pictures, become video files?
 
-One network is in device memory at a time: text encoder, (VAE for the picture,) transformer, VAE.
+One network is in device memory at a time: text encoder, (VAE for the pictures,) transformer, VAE.
+Each makes its part of all videos before the next one is loaded.
 """
 
 import argparse
 import gc
-import math
-import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
-from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.adapter_join import join_loras, parse_lora
+from wan22_jax.data.video_file import check_video_path, write_video, written_path
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.geometry import Bucket, check_bucket
+from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
+    FLOAT8,
+    ModelCard,
     choose_transformer_dtype,
-    load_text_encoder,
+    load_fitting_text_encoder,
     load_transformer,
     load_vae,
     read_model_card,
     tokenizer_folder,
+    unquantised_dtype,
 )
+from wan22_jax.prompts import Request, check_request, choose_frame, read_prompt, read_prompt_file
 from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
-from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled
+from wan22_jax.sharding import (
+    claim_gpu,
+    describe_peak_memory,
+    device_memory,
+    keep_compiled,
+    make_mesh,
+    replicated,
+)
 from wan22_jax.text import encode_text, load_tokenizer, pad_text
+from wan22_jax.velocity import choose_blocks_to_swap, place_velocity
 
 Network = TypeVar("Network")
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", FLOAT8, "float32")
+VAE_DTYPES = ("bfloat16", "float32")
+_PROMPTS = 8  # that the text encoder takes at a time
 
 
-def main() -> int:
+class Video(NamedTuple):
+    """One video to make: what is asked for, where it goes, and what follows from it."""
+
+    request: Request
+    path: Path
+    bucket: Bucket
+    frame_BTYX3: np.ndarray | None  # the first frame in pixels, if it is given
+
+    @property
+    def negative(self) -> str | None:
+        """What to move away from, None without guidance."""
+        return None if self.request.guidance == 1 else self.request.negative or NEGATIVE_PROMPT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = parse_arguments(sys.argv[1:])
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
     claim_gpu()
     keep_compiled()
     return run_command(lambda: sample(args))
@@ -51,159 +80,251 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the flags; defaults are those of Wan2.2's generate.py for this model."""
     parser = argparse.ArgumentParser(
         prog="wan22-sample",
-        description="Makes a video from a prompt (text-to-video) or a prompt and a picture.",
+        allow_abbrev=False,
+        description="Makes videos from prompts (text-to-video), or from prompts and pictures.",
+        epilog="A prompt may end in switches of its own, which win over the flags: "
+        "'a cat --w 832 --h 480 --f 81 --d 7 --s 30 --g 4 --fs 3 --n blurry --i cat.png'.",
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, Request()
     add("--model", type=Path, required=True, help="model folder that wan22-convert wrote")
-    add("--prompt", required=True)
-    add("--negative_prompt", default="", help="what to avoid; the model's own text if empty")
-    add("--image", type=Path, help="the first frame; it also decides the shape of the video")
-    add("--lora", type=Path, help="training run, one of its checkpoints, or .safetensors file")
-    add("--width", type=int, default=1280, help="in pixels, a multiple of 32")
-    add("--height", type=int, default=704, help="with --image only width * height counts")
-    add("--frames", type=int, default=121, help="4n + 1, at 24 a second")
-    add("--steps", type=int, default=50)
-    add("--guidance", type=float, default=5.0, help="1 is off, and twice as fast")
-    add("--shift", type=float, default=5.0, help="of the noise levels; 3 suits small videos")
-    add("--solver", choices=("unipc", "dpm++"), default="unipc")
-    add("--seed", type=int, default=-1, help="-1 draws one")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text")
-    add("--out", type=Path, default=Path("out.mp4"), help="the mp4 file; replaced if it exists")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="a video for each")
+    what.add_argument("--prompts", type=Path, help="text file with a prompt a line, # for remarks")
+    add("--negative_prompt", "--n", default="", help="what to avoid; the model's own text if empty")
+    add("--image", "--i", type=Path, help="the first frame; it also decides the video's shape")
+    add("--width", "--w", type=int, default=default.width, help="in pixels, a multiple of 32")
+    add("--height", "--h", type=int, default=default.height, help="with --image the area counts")
+    add("--frames", "--f", type=int, default=default.frames, help="4n + 1, at 24 a second")
+    add("--steps", "--s", type=int, default=default.steps)
+    add("--guidance", "--g", type=float, default=default.guidance, help="1 is off: twice as fast")
+    add("--shift", "--fs", type=float, default=default.shift, help="3 suits small videos")
+    add("--solver", choices=("unipc", "dpm++"), default=default.solver)
+    seed = "-1 draws one; several make as many videos of each prompt"
+    add("--seed", "--d", type=int, nargs="+", default=[default.seed], help=seed)
+    lora = "training run, one of its checkpoints, or .safetensors file; several are added up"
+    add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help=lora)
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text encoder")
+    add("--vae_dtype", choices=VAE_DTYPES, default="bfloat16", help="float32 is the original's")
+    swap = "so many blocks stay in host memory; as many as have to if it is left out"
+    add("--blocks_to_swap", type=int, help=swap)
+    out = "mp4, gif, webp or png (a folder of frames); replaced if it exists"
+    add("--out", type=Path, default=Path("out.mp4"), help=out)
     return parser.parse_args(arguments)
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Makes the video; everything that can be refused is, before the first network is loaded.
+    """Makes the videos; everything that can be refused is, before the first network is loaded.
 
     Raises:
         BadInput: a flag is out of range, or a file is missing or not what it should be.
     """
-    _check_flags(args)
+    videos = plan_videos(args)
     card = read_model_card(args.model)
     dtype = choose_transformer_dtype(args.model, card, dtype=args.dtype)
-    bucket, frame_BTYX3 = _choose_frame(args)
-    adapter = None
-    if args.lora is not None:
-        adapter = load_adapter(args.lora, base_digest=card.digests["transformer"])
-    seed = secrets.randbelow(2**31) if args.seed == -1 else args.seed
-    _say(f"{bucket}, {args.steps} steps of {args.solver}, guidance {args.guidance:g}, seed {seed}")
+    adapter = _read_adapter(args.lora, base_digest=card.digests["transformer"])
 
-    text_BSE, negative_BSE = _encode_prompts(args)
-    first_frame = None if frame_BTYX3 is None else _encode_frame(args.model, frame_BTYX3)
-    latents_BTYXC = _denoise(
-        args,
-        text_BSE,
-        negative_BSE,
-        dtype=dtype,
-        adapter=adapter,
-        shape=(1, *bucket.latent_TYX, card.vae.z_dim),
-        key=jax.random.key(seed),
-        first_frame=first_frame,
-    )
-    num_frames = write_mp4(
-        args.out,
-        _decode(args.model, latents_BTYXC),
-        width_px=bucket.width_px,
-        height_px=bucket.height_px,
-    )
+    texts = _encode_prompts(args, videos)
+    frames = _encode_frames(args, videos)
+    latents = _denoise(args, card, videos, texts, frames, dtype=dtype, adapter=adapter)
+    settings = {"model": card.digest, "dtype": dtype, "vae_dtype": args.vae_dtype}
+    settings |= {"lora": args.lora} if args.lora else {}
+    _decode(args, videos, latents, settings)
     _say(describe_peak_memory())
-    _say(f"{args.out}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
 
 
-def quantise_video(video_BTYX3: jax.Array) -> np.ndarray:
+def plan_videos(args: argparse.Namespace) -> list[Video]:
+    """Says which videos the flags ask for; seeds are drawn here.
+
+    Raises:
+        BadInput: what is asked for cannot be made, or not be written.
+    """
+    names = {each.name for each in fields(Request)} - {"prompt", "negative", "seed"}
+    shared = Request(
+        "-",
+        negative=args.negative_prompt,
+        **{name: getattr(args, name) for name in names},
+    )
+    check_request(shared, source="--")
+    if args.blocks_to_swap is not None and args.blocks_to_swap < 0:
+        raise BadInput(f"--blocks_to_swap: 0 or more expected, got {args.blocks_to_swap}")
+    if args.prompts is not None:
+        asked = read_prompt_file(args.prompts, shared)
+    else:
+        asked = [read_prompt(text, shared, source="--prompt") for text in args.prompt]
+    requests = [
+        check_request(replace(request, seed=_draw_seed(seed)), source="--")
+        for request in asked
+        for seed in (args.seed if request.seed == -1 else [request.seed])
+    ]
+    videos = []
+    for number, request in enumerate(requests):
+        name = f"{args.out.stem}_{number:02d}_seed{request.seed}{args.out.suffix}"
+        path = args.out if len(requests) == 1 else args.out.with_name(name)
+        source = "--width, --height, --frames" if len(requests) == 1 else request.prompt[:60]
+        bucket, frame_BTYX3 = choose_frame(request, source=source)
+        check_video_path(path, num_frames=bucket.frames)
+        videos.append(Video(request, path, bucket, frame_BTYX3))
+    return videos
+
+
+def fetch_video(chunks: Iterable[jax.Array]) -> Iterator[np.ndarray]:
+    """Yields the bytes [T, Y, X, 3] of decoded chunks of one clip, clamped to [-1, 1].
+
+    They are cut, not rounded, as the original does. The next chunk is under way when one is here.
+    """
+    ahead = None
+    for video_BTYX3 in chunks:
+        here, ahead = ahead, quantise_video(video_BTYX3)
+        if here is not None:
+            yield np.asarray(here[0])
+    if ahead is not None:
+        yield np.asarray(ahead[0])
+
+
+@jax.jit
+def quantise_video(video_BTYX3: jax.Array) -> jax.Array:
     """Clamps decoded video to [-1, 1] and cuts it to bytes, without rounding, as the original."""
     unit_BTYX3 = (jnp.clip(video_BTYX3, -1, 1) + 1) / 2
-    return np.asarray((unit_BTYX3 * 255).astype(jnp.uint8))
+    return (unit_BTYX3 * 255).astype(jnp.uint8)
 
 
-def _check_flags(args: argparse.Namespace) -> None:
-    if not args.prompt.strip():
-        raise BadInput("--prompt: a text was expected, it is empty; say what the video shows")
-    if args.steps < 1:
-        raise BadInput(f"--steps: 1 or more expected, got {args.steps}; 50 is usual")
-    if not 0 < args.shift < 1000:
-        raise BadInput(f"--shift: a number over 0 expected, got {args.shift:g}; 5 is usual")
-    if not math.isfinite(args.guidance):
-        raise BadInput(f"--guidance: a number expected, got {args.guidance}; 5 is usual")
-    if not -1 <= args.seed < 2**63:
-        raise BadInput(f"--seed: 0 or more expected, or -1 to draw one, got {args.seed}")
-    if args.out.suffix.lower() != ".mp4":
-        raise BadInput(f"{args.out}: --out takes an .mp4 file; write e.g. --out out.mp4")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{args.out}: cannot make its folder ({error}); choose another") from error
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
-        raise BadInput(f"{args.out}: cannot be written; choose another file with --out")
+def _draw_seed(seed: int) -> int:
+    return secrets.randbelow(2**31) if seed == -1 else seed
 
 
-def _choose_frame(args: argparse.Namespace) -> tuple[Bucket, np.ndarray | None]:
-    """Returns the size of the video and, with a picture, its first frame in pixels."""
-    if args.image is None:
-        bucket = Bucket(args.width, args.height, args.frames)
-        return check_bucket(bucket, source="--width, --height, --frames"), None
-    picture = open_picture(args.image)
-    width_px, height_px = best_output_size(
-        picture.width,
-        picture.height,
-        area_px=args.width * args.height,
-        source=str(args.image),
+def _read_adapter(words: Sequence[str], *, base_digest: str) -> Adapter | None:
+    loras = []
+    for word in words:
+        path, strength = parse_lora(word)
+        loras.append((load_adapter(path, base_digest=base_digest), strength))
+    if not loras:
+        return None
+    if len(loras) == 1 and loras[0][1] == 1:
+        return loras[0][0]
+    return join_loras(loras, source=" and ".join(words))
+
+
+def _encode_prompts(args: argparse.Namespace, videos: Sequence[Video]) -> Mapping[str, np.ndarray]:
+    """Returns the padded embeddings [1, S, E] of all prompts, by their text."""
+    wanted = dict.fromkeys(
+        text for video in videos for text in (video.request.prompt, video.negative) if text
     )
-    bucket = check_bucket(Bucket(width_px, height_px, args.frames), source="--frames")
-    return bucket, crop_to_cover(picture, width_px=width_px, height_px=height_px)
-
-
-def _encode_prompts(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = load_tokenizer(tokenizer_folder(args.model))
-    encoder = _load_alone(load_text_encoder, args.model, dtype=args.dtype)
-    prompts = [args.prompt, args.negative_prompt or NEGATIVE_PROMPT]
-    text_BSE, negative_BSE = (
-        pad_text([text_SE]) for text_SE in encode_text(encoder, tokenizer, prompts)
+    gc.collect()
+    encoder = load_fitting_text_encoder(
+        args.model, dtype=unquantised_dtype(args.dtype), memory_bytes=device_memory()
     )
-    return text_BSE, negative_BSE
+    texts: dict[str, np.ndarray] = {}
+    for some in _in_parts(list(wanted), _PROMPTS):
+        encoded = encode_text(encoder, tokenizer, some)
+        texts |= {text: pad_text([text_SE]) for text, text_SE in zip(some, encoded, strict=True)}
+    return texts
 
 
-def _encode_frame(model: Path, frame_BTYX3: np.ndarray) -> jax.Array:
-    return next(_load_alone(load_vae, model).encode_chunks([jnp.asarray(frame_BTYX3)]))
+def _encode_frames(args: argparse.Namespace, videos: Sequence[Video]) -> list[np.ndarray | None]:
+    """Returns the latents [1, 1, Y, X, C] of each video's first frame, None where it has none."""
+    if all(video.frame_BTYX3 is None for video in videos):
+        return [None] * len(videos)
+    vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
+    return [
+        None
+        if (frame := video.frame_BTYX3) is None
+        else np.asarray(next(vae.encode_chunks([frame])))
+        for video in videos
+    ]
 
 
 def _denoise(
     args: argparse.Namespace,
-    text_BSE: np.ndarray,
-    negative_BSE: np.ndarray,
+    card: ModelCard,
+    videos: Sequence[Video],
+    texts: Mapping[str, np.ndarray],
+    frames: Sequence[np.ndarray | None],
     *,
     dtype: str,
     adapter: Adapter | None,
-    shape: tuple[int, int, int, int, int],
-    key: jax.Array,
-    first_frame: jax.Array | None,
-) -> jax.Array:
-    transformer = _load_alone(load_transformer, args.model, dtype=dtype)
+) -> list[np.ndarray]:
+    """Returns the clean latents of each video, on the host."""
+    most = max(video.bucket.num_tokens for video in videos)
+    swap = args.blocks_to_swap
+    if swap is None:
+        swap = choose_blocks_to_swap(
+            card.transformer, dtype=dtype, num_tokens=most, memory_bytes=device_memory()
+        )
+    model = _load_alone(load_transformer, args.model, dtype=dtype, host=True)
     if adapter is not None:
-        attach_adapter(transformer, adapter)
-    return sample_latents(
-        transformer,
-        text_BSE,
-        negative_BSE,
-        shape=shape,
-        solver=args.solver,
-        steps=args.steps,
-        shift=args.shift,
-        guidance=args.guidance,
-        key=key,
-        first_frame=first_frame,
-        progress=True,
-    )
+        attach_adapter(model, adapter)
+    if swap:
+        _say(f"{min(swap, card.transformer.num_layers)} blocks wait in host memory")
+    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(make_mesh()))
+    del model
+    latents = []
+    steps = sum(video.request.steps for video in videos)
+    with tqdm(total=steps, desc="denoise", unit="step", dynamic_ncols=True) as bar:
+        for video, first_frame in zip(videos, frames, strict=True):
+            request = video.request
+            tqdm.write(f"{video.path}: {video.bucket}, {request}", file=sys.stdout)
+            latents_BTYXC = sample_latents(
+                velocity,
+                texts[request.prompt],
+                None if video.negative is None else texts[video.negative],
+                shape=(1, *video.bucket.latent_TYX, card.vae.z_dim),
+                solver=request.solver,
+                steps=request.steps,
+                shift=request.shift,
+                guidance=request.guidance,
+                key=jax.random.key(request.seed),
+                first_frame=first_frame,
+                on_step=bar.update,
+            )
+            latents.append(np.asarray(latents_BTYXC))
+    return latents
 
 
-def _decode(model: Path, latents_BTYXC: jax.Array) -> Iterator[np.ndarray]:
-    for video_BTYX3 in _load_alone(load_vae, model).decode_chunks(latents_BTYXC):
-        yield quantise_video(video_BTYX3)[0]
+def _decode(
+    args: argparse.Namespace,
+    videos: Sequence[Video],
+    latents: Iterable[np.ndarray],
+    settings: Mapping[str, object],
+) -> None:
+    vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
+    for video, latents_BTYXC in zip(videos, latents, strict=True):
+        bucket = video.bucket
+        chunks = fetch_video(vae.decode_chunks(latents_BTYXC))
+        num_frames = write_video(
+            video.path,
+            _show_progress(chunks, total=len(latents_BTYXC[0])),
+            width_px=bucket.width_px,
+            height_px=bucket.height_px,
+            metadata={**describe_request(video), **settings},
+        )
+        written = written_path(video.path, num_frames=num_frames)
+        _say(f"{written}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
+
+
+def describe_request(video: Video) -> dict[str, Any]:
+    """Says in JSON's types what a video was made from, for the file's metadata."""
+    said: dict[str, Any] = asdict(video.request)
+    said |= {"width": video.bucket.width_px, "height": video.bucket.height_px}
+    said |= {"negative": video.negative or ""}
+    return said | {"image": None if video.request.image is None else str(video.request.image)}
+
+
+def _show_progress(chunks: Iterable[np.ndarray], *, total: int) -> Iterator[np.ndarray]:
+    with tqdm(total=total, desc="decode", unit="latent frame", dynamic_ncols=True) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update()
 
 
 def _load_alone(load: Callable[..., Network], model: Path, **options: object) -> Network:
     gc.collect()  # NNX modules are cyclic: the network before would keep its device memory
     return load(model, **options)
+
+
+def _in_parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _say(line: str) -> None:

@@ -3,13 +3,18 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.model_folder import FLOAT8
 from wan22_jax.sampling import Velocity
 from wan22_jax.training.frozen import Frozen, place_frozen
 from wan22_jax.training.step import Trainable, merge_model, split_model
+
+_SPARE = 10**9  # bytes: text, latents, what the allocator cannot use
+_ON_THE_WAY = 2  # streamed blocks that are on the device at a time
 
 
 def place_velocity(
@@ -28,6 +33,30 @@ def place_velocity(
         frozen, activation_checkpointing=True, blocks_to_swap=blocks_to_swap, sharding=sharding
     )
     return make_velocity(graphdef, jax.device_put(trainable, sharding), placed, sharding=sharding)
+
+
+def choose_blocks_to_swap(
+    config: TransformerConfig, *, dtype: str, num_tokens: int, memory_bytes: int | None
+) -> int:
+    """Returns how many blocks have to wait in host memory, so that a model call fits.
+
+    Args:
+        config: sizes of the model.
+        dtype: of its weights.
+        num_tokens: of the largest video, one in a call.
+        memory_bytes: of the device; None where there is no limit to be known.
+    """
+    if memory_bytes is None:
+        return 0
+    dim, ffn_dim, num_blocks = config.dim, config.ffn_dim, config.num_layers
+    itemsize = 1 if dtype == FLOAT8 else jnp.dtype(dtype).itemsize
+    block = (8 * dim**2 + 2 * dim * ffn_dim) * itemsize
+    # What is not in blocks, text, time and head, takes some 40 dim^2 bytes.
+    fixed = 40 * dim**2 + num_tokens * (3 * ffn_dim + 16 * dim) * max(2, itemsize) // 2 + _SPARE
+    if fixed + num_blocks * block <= memory_bytes:
+        return 0
+    resident = (memory_bytes - fixed) // block - _ON_THE_WAY
+    return num_blocks - max(0, min(num_blocks, resident))
 
 
 def make_velocity(

@@ -118,18 +118,41 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             check_readable(image, path)
             yield image
-    except _DAMAGED_IMAGE as error:
+    except DAMAGED_IMAGE as error:
         raise BadInput(
             f"{path}: does not decode as an image ({error}); replace or remove it"
         ) from None
 
 
 # What Pillow's decoders raise on damaged files.
-_DAMAGED_IMAGE = (
+DAMAGED_IMAGE = (
     *(OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, AttributeError),
     *(RuntimeError, MemoryError, AssertionError, struct.error, zlib.error),
     Image.DecompressionBombError,
 )
+
+
+# PyAV before 19 stops at a title that is not UTF-8; from 19 on it replaces what it cannot read.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Opens a video: container and stream; whatever goes wrong is BadInput, naming the file."""
+    try:
+        with av.open(str(path), **_LENIENT) as container:
+            cover = Disposition.attached_pic  # of a song, or a poster
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            if not streams:
+                raise BadInput(f"{path}: has no video stream; remove it")
+            yield container, streams[0]
+    # IndexError: PyAV meets a stream that turns up in the middle of the file.
+    except (av.error.FFmpegError, IndexError, ValueError, ArithmeticError, MemoryError) as error:
+        raise BadInput(
+            f"{path}: does not decode as a video ({error}); re-encode or remove it"
+        ) from None
 
 
 def _probe_image(path: Path) -> MediaInfo:
@@ -147,7 +170,7 @@ def _probe_video(path: Path) -> MediaInfo:
     packets = kept = 0
     damaged = False
     times: list[int | None] = []
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         # mp4 lists its packets up front, so a cut file shows; other formats promise nothing.
         promised = len(stream.index_entries) if "mp4" in container.format.name else 0
         for packet in container.demux(stream):
@@ -234,7 +257,7 @@ def _collect(
 
 
 def _decode_all(path: Path) -> Iterator[tuple[int, av.VideoFrame]]:
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
         for index, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
@@ -251,7 +274,7 @@ def _decode_near(
     or out of order ends it, and the caller decodes from the beginning instead.
     """
     index_of: dict[float | None, int] = {time: index for index, time in enumerate(times)}
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
         container.seek(round(times[first] / stream.time_base), stream=stream)
         expected = None
@@ -269,7 +292,7 @@ def _decode_near(
 @functools.lru_cache(8)  # several clips of one file follow each other
 def _list_times(path: Path, mtime_ns: int) -> list[float]:  # noqa: ARG001 (part of the key)
     """Lists when each frame shows, ascending; empty if the file does not say for each."""
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         packets = (p for p in container.demux(stream) if p.size and not p.is_discard)
         times = [_seconds(packet.pts, stream) for packet in packets]
     known = sorted(time for time in times if time is not None)
@@ -278,28 +301,6 @@ def _list_times(path: Path, mtime_ns: int) -> list[float]:  # noqa: ARG001 (part
 
 def _seconds(pts: int | None, stream: Any) -> float | None:
     return None if pts is None else float(pts * stream.time_base)
-
-
-# PyAV before 19 stops at a title that is not UTF-8; from 19 on it replaces what it cannot read.
-_LENIENT: dict[str, Any] = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-)
-
-
-@contextmanager
-def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    try:
-        with av.open(str(path), **_LENIENT) as container:
-            cover = Disposition.attached_pic  # of a song, or a poster
-            streams = [s for s in container.streams.video if not s.disposition & cover]
-            if not streams:
-                raise BadInput(f"{path}: has no video stream; remove it")
-            yield container, streams[0]
-    # IndexError: PyAV meets a stream that turns up in the middle of the file.
-    except (av.error.FFmpegError, IndexError, ValueError, ArithmeticError, MemoryError) as error:
-        raise BadInput(
-            f"{path}: does not decode as a video ({error}); re-encode or remove it"
-        ) from None
 
 
 def _frame_to_image(frame: av.VideoFrame) -> Image.Image:

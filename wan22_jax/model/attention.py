@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def attend_even(
     Of an odd number, JAX refuses to differentiate cuDNN's kernel.
     """
     (B, L), S = q_BLHK.shape[:2], k_BSHK.shape[1]
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if S % 2:
         lengths = {
             "query_seq_lengths": jnp.full(B, L, jnp.int32),

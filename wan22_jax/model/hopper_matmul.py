@@ -1,4 +1,4 @@
-"""A float8 matmul that adds scales, bias and the adapter before it writes: on Hopper, one kernel.
+"""A float8 matmul that adds scales, bias and an adapter before it writes: on Hopper, one kernel.
 
 Elsewhere cuBLAS writes x W^T and ``scale_add_low_rank`` reads it, scales it, adds bias and low B^T
 and writes it again. Here the adapter's product is one more step of the sum in the accumulators.
@@ -59,13 +59,14 @@ def fits(
     With fewer tiles, smaller ones are better, which cuBLAS has.
     """
     num_out, depth = weight_OI.shape
-    if low_NR is None or low_NR.dtype != jnp.bfloat16:
-        return False
+    if low_NR is not None:
+        rank = low_NR.shape[1] // groups
+        if low_NR.dtype != jnp.bfloat16 or rank == 0 or rank % 16:
+            return False
     is_float8 = x_NI.dtype.itemsize == weight_OI.dtype.itemsize == 1
     is_whole = num_out // groups % COLUMNS == 0 and depth % DEPTH_BYTES == 0
-    rank = low_NR.shape[1] // groups
     num_tiles = pl.cdiv(x_NI.shape[0], ROWS) * num_out // COLUMNS
-    return is_float8 and is_whole and rank > 0 and rank % 16 == 0 and num_tiles >= num_cores
+    return is_float8 and is_whole and num_tiles >= num_cores
 
 
 @functools.partial(
@@ -77,8 +78,8 @@ def multiply_add(
     row_scale_N: jax.Array,
     scale_G: jax.Array | None,
     bias_O: jax.Array | None,
-    low_NR: jax.Array,
-    highs: Sequence[jax.Array],
+    low_NR: jax.Array | None,
+    highs: Sequence[jax.Array | None],
     *,
     num_rows: int,
     transposed: bool,
@@ -94,38 +95,41 @@ def multiply_add(
     """
     groups = len(highs)
     width, depth = weight_OI.shape[0] // groups, weight_OI.shape[1]
-    rank = low_NR.shape[1] // groups
-    # Tiles are loaded eight rows at a time: rows are padded as those of x.
-    low_NR = jnp.pad(low_NR, ((0, x_NI.shape[0] - num_rows), (0, 0)))
     stages, cluster, band = schedule
     num_steps = depth // DEPTH_BYTES
-    part = min(64, rank & -rank)  # of the rank, in one step
-    num_parts = rank // part
     # Of tiles of a cluster.
     grid = (pl.cdiv(num_rows, ROWS * cluster), weight_OI.shape[0] // COLUMNS)
     num_clusters = num_cores // cluster
-    given = {"x": x_NI, "weight": weight_OI, "row_scale": row_scale_N, "low": low_NR}
+    given = {"x": x_NI, "weight": weight_OI, "row_scale": row_scale_N}
     given |= {} if scale_G is None else {"scale": scale_G}
     given |= {} if bias_O is None else {"bias": bias_O}
     extras = {"row_scale": ROWS} | ({} if bias_O is None else {"bias": COLUMNS})  # once a tile
-
-    # A step's operands, or those of the adapter in their place. Both layouts have equal strides.
-    fold, swizzled = 64 // part, _swizzled(part, jnp.bfloat16)
-    high_shape = (COLUMNS, part) if transposed else (part, COLUMNS)
 
     def operand(length: int, dtype: DTypeLike) -> Any:
         transforms = _swizzled(DEPTH_BYTES, dtype)
         return plgpu.SMEM((stages, length, DEPTH_BYTES), dtype, transforms=transforms)
 
+    x_space, w_space = operand(ROWS, x_NI.dtype), operand(COLUMNS, weight_OI.dtype)
+    rank = num_parts = part = 0
+    if low_NR is not None:
+        rank = low_NR.shape[1] // groups
+        part = min(64, rank & -rank)  # of the rank, in one step
+        num_parts = rank // part
+        # Tiles are loaded eight rows at a time: rows are padded as those of x.
+        given["low"] = jnp.pad(low_NR, ((0, x_NI.shape[0] - num_rows), (0, 0)))
+        # A step's operands, or those of the adapter in their place: both have equal strides.
+        fold, swizzled = 64 // part, _swizzled(part, jnp.bfloat16)
+        high_shape = (COLUMNS, part) if transposed else (part, COLUMNS)
+        x_space, w_space = (
+            plgpu.RefUnion(
+                space, plgpu.SMEM((stages, fold, *shape), jnp.bfloat16, transforms=swizzled)
+            )
+            for space, shape in ((x_space, (ROWS, part)), (w_space, high_shape))
+        )
+
     scratch: dict[str, Any] = {
-        "x_smem": plgpu.RefUnion(
-            operand(ROWS, x_NI.dtype),
-            plgpu.SMEM((stages, fold, ROWS, part), jnp.bfloat16, transforms=swizzled),
-        ),
-        "w_smem": plgpu.RefUnion(
-            operand(COLUMNS, weight_OI.dtype),
-            plgpu.SMEM((stages, fold, *high_shape), jnp.bfloat16, transforms=swizzled),
-        ),
+        "x_smem": x_space,
+        "w_smem": w_space,
         "extra_smem": [plgpu.SMEM((size,), given[name].dtype) for name, size in extras.items()],
         "out_smem": plgpu.SMEM(
             (WARPGROUPS, 2, ROWS // WARPGROUPS, OUT_COLUMNS),
@@ -141,7 +145,10 @@ def multiply_add(
     def matmul_add(*refs: Any, x_smem: Any, w_smem: Any, **scratch: Any) -> None:
         inputs = dict(zip(given, refs, strict=False))
         high_refs, outputs = refs[len(given) : -groups], refs[-groups:]
-        (x_smem, low_smem), (w_smem, high_smem) = x_smem, w_smem
+        low_smem: Any = None
+        high_smem: Any = None
+        if num_parts:
+            (x_smem, low_smem), (w_smem, high_smem) = x_smem, w_smem
         full, free = scratch["full"], scratch["free"]
         extras_full, extras_free = scratch["extras_full"], scratch["extras_free"]
         out_smem = scratch["out_smem"]
@@ -312,7 +319,7 @@ def multiply_add(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         interpret=interpret,
-    )(*given.values(), *highs)
+    )(*given.values(), *([] if low_NR is None else highs))
     return tuple(outs)
 
 
