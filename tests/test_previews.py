@@ -117,7 +117,9 @@ def test_a_run_with_previews_trains_what_one_without_does(whole, plain):
     assert sorted(videos) == name_videos(0, 1, 2)
     assert len(set(videos.values())) == 6  # training changed what is seen
     made = list_preview_files(whole)
-    assert [(one.step, one.number) for one in made] == [(s, n) for s in range(3) for n in (0, 1)]
+    names = [str(one.path.relative_to(whole)) for one in made]
+    assert names == name_videos(0, 1, 2)
+    assert [one.step for one in made] == [0, 0, 1, 1, 2, 2]
     cat, dog = made[0].asked, made[1].asked
     assert (cat["prompt"], cat["seed"], cat["guidance"], cat["image"]) == ("a cat", 1, 5.0, None)
     assert (dog["prompt"], dog["seed"], dog["image"]) == ("a <dog> looks up", 0, "dog.png")
@@ -230,7 +232,7 @@ def test_tensorboard_gets_animations_and_each_prompt_once(whole):
 
 def test_the_report_shows_them_side_by_side(whole):
     (whole / "samples/step00000009").mkdir()
-    (whole / "samples/step00000009/prompts.json").write_text("[{}]")  # no video yet
+    (whole / "samples/step00000009/00.mp4").write_text("damaged")
     assert train.main(["--report", str(whole)]) == 0
     page = (whole / "report.html").read_text()
     assert re.findall("<h3>(.*?)</h3>", page) == ["a cat", "a &lt;dog&gt; looks up"]

@@ -1,60 +1,45 @@
-"""How do previews lie in a run's folder?
+"""Where do previews lie in a run's folder, and which of them are there?
 
-::
-
-    samples/step00000500/prompts.json   what its videos were asked to be, by number
-    samples/step00000500/00.mp4         the first of them
+``samples/step00000500/00.mp4`` is the first prompt's video after 500 steps; what it was made from
+is in its metadata. Other pictures and clips may lie among them.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SAMPLES = "samples"  # other pictures and clips may lie there too
-_PROMPTS = "prompts.json"
-_STEP = re.compile(r"step(\d{8,})")
+from wan22_jax.data.video_file import read_metadata
+from wan22_jax.errors import BadInput
+
+SAMPLES = "samples"
+_STEP = re.compile(r"step\d{8,}")
 
 
 class PreviewFile(NamedTuple):
     """One video that is there."""
 
     step: int  # steps done
-    number: int
-    asked: dict[str, Any]  # the fields of its ``prompts.Request``
     path: Path
+    asked: dict[str, Any]  # the settings that it was made with
 
 
-def make_step_folder(run_dir: Path, step: int, asked: list[dict[str, Any]]) -> Path:
-    """Makes the folder of a step's videos and says in it what they are asked to be."""
+def make_step_folder(run_dir: Path, step: int) -> Path:
+    """Makes the folder of a step's videos."""
     folder = run_dir / SAMPLES / f"step{step:08}"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_PROMPTS}.partial"
-    try:
-        partial.write_text(json.dumps(asked, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(folder / _PROMPTS)
-    finally:
-        partial.unlink(missing_ok=True)
     return folder
 
 
-def name_video(number: int) -> str:
-    """Names a video within its step's folder, and its curve in TensorBoard but for the suffix."""
-    return f"{number:02}.mp4"
-
-
 def list_preview_files(run_dir: Path) -> list[PreviewFile]:
-    """Lists the videos by step and number; folders that say nothing of theirs are left out."""
+    """Lists the videos by step and number; files of others, or damaged ones, are left out."""
     found = []
-    for folder in sorted((run_dir / SAMPLES).glob("step*")):
-        step = _STEP.fullmatch(folder.name)
-        if step is None or not (folder / _PROMPTS).is_file():
+    for path in (run_dir / SAMPLES).glob("step*/*.mp4"):
+        if not _STEP.fullmatch(path.parent.name):
             continue
         try:
-            asked = json.loads((folder / _PROMPTS).read_text("utf-8"))
-        except ValueError:  # somebody's own file
+            asked = read_metadata(path) or {}
+        except BadInput:
             continue
-        for number, one in enumerate(asked):
-            if (path := folder / name_video(number)).is_file():
-                found.append(PreviewFile(int(step[1]), number, one, path))
-    return sorted(found)
+        if isinstance(step := asked.pop("step", None), int) and "prompt" in asked:
+            found.append(PreviewFile(step, path, asked))
+    return sorted(found, key=lambda preview: (preview.step, preview.path))

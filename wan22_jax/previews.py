@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +21,14 @@ from PIL import Image
 
 from wan22_jax.config import TrainConfig
 from wan22_jax.data.animation import encode_animation, shrink_frames
-from wan22_jax.data.video_file import write_mp4
+from wan22_jax.data.video_file import write_video
 from wan22_jax.errors import BadInput, is_full_disk, one_line
 from wan22_jax.geometry import FPS, LATENT_CHANNELS, Bucket, check_bucket
 from wan22_jax.model_folder import load_fitting_text_encoder, load_vae, tokenizer_folder
-from wan22_jax.preview_files import SAMPLES, make_step_folder, name_video
+from wan22_jax.preview_files import SAMPLES, make_step_folder
 from wan22_jax.prompts import Request, choose_frame, read_prompt, read_prompt_file
-from wan22_jax.sample import quantise_video
-from wan22_jax.sampling import NEGATIVE_PROMPT, Velocity, sample_latents
+from wan22_jax.sample import Video, describe_request, fetch_video
+from wan22_jax.sampling import Velocity, sample_latents
 from wan22_jax.sharding import device_memory
 from wan22_jax.stopping import Wishes
 from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer, pad_text
@@ -47,19 +46,10 @@ _ANIMATION_PX = 256  # of TensorBoard's pictures
 _ANIMATION_EVERY = 3  # so manieth frame is in them
 
 
-class Preview(NamedTuple):
-    """One video that a run is to make, checked."""
-
-    request: Request
-    bucket: Bucket
-    frame_BTYX3: np.ndarray | None  # the picture to start from, -1 to 1
-
-
 class Encoded(NamedTuple):
-    """What the sampler takes of a preview; on the host."""
+    """A video, and what the sampler takes of it; on the host."""
 
-    request: Request
-    bucket: Bucket
+    video: Video
     text_BSE: np.ndarray
     negative_BSE: np.ndarray | None  # None where there is no guidance
     first_frame_B1YXC: np.ndarray | None
@@ -71,11 +61,14 @@ class Prepared(NamedTuple):
     previews: list[Encoded]
     decoder: nnx.GraphDef
     decoder_state: nnx.State
+    vae_dtype: str
     before_first_step: bool
 
 
-def read_previews(config: TrainConfig, config_file: Path) -> list[Preview]:
+def read_previews(config: TrainConfig, config_file: Path) -> list[Video]:
     """Reads the prompts of ``[sample]`` and opens their pictures; none without the table.
+
+    The paths of the videos are relative to a step's folder.
 
     Raises:
         BadInput: nothing says when, or a prompt, a switch, a size or a picture is no good.
@@ -101,15 +94,12 @@ def read_previews(config: TrainConfig, config_file: Path) -> list[Preview]:
             )
             for number, prompt in enumerate(sample.prompts, 1)
         ]
-    return [
-        _check(request, source=f"{source}, prompt {number}")
-        for number, request in enumerate(requests, 1)
-    ]
+    return [_check(request, number, source=source) for number, request in enumerate(requests)]
 
 
 def prepare_previews(
     config: TrainConfig,
-    previews: Sequence[Preview],
+    videos: Sequence[Video],
     *,
     first_step: int,
     total_steps: int,
@@ -123,7 +113,7 @@ def prepare_previews(
 
     Args:
         config: of the run.
-        previews: from ``read_previews``.
+        videos: from ``read_previews``.
         first_step: steps that are done.
         total_steps: steps after which the run ends.
         offset: see ``resuming.Start.data_offset``.
@@ -142,16 +132,30 @@ def prepare_previews(
     ):
         return None
     folder = Path(config.model.ckpt_path)
-    encoded = _encode(previews, folder)
-    decoder, state = _load_decoder(folder, dtype=sample.vae_dtype)
+    texts = _encode_texts(videos, folder, dtype=config.model.dtype)
+    gc.collect()  # the text encoder's arrays go before the VAE's come
+    vae = load_vae(folder, dtype=sample.vae_dtype, host=True)
+    encoded = [
+        Encoded(
+            video,
+            texts[video.request.prompt],
+            None if video.negative is None else texts[video.negative],
+            None
+            if (frame := video.frame_BTYX3) is None
+            else np.asarray(next(vae.encode_chunks([frame]))),
+        )
+        for video in videos
+    ]
+    del vae.encoder, vae.conv1
+    decoder, state = nnx.split(vae)
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    largest = max((one.bucket for one in encoded), key=lambda bucket: bucket.num_tokens)
+    largest = max((video.bucket for video in videos), key=lambda bucket: bucket.num_tokens)
     log.info(
         "previews: %d prompts encoded; the largest, %s, needs beside the training state a forward "
         "pass of %s tokens, then a decoder of %.1f GB and its activations",
         *(len(encoded), largest, f"{largest.num_tokens:,}", num_bytes / 1e9),
     )
-    return Prepared(encoded, decoder, state, before_first_step)
+    return Prepared(encoded, decoder, state, sample.vae_dtype, before_first_step)
 
 
 class Previewer:
@@ -200,8 +204,7 @@ class Previewer:
 
         try:
             with _forgiving(progress, step, "previews"):
-                asked = [_describe(one) for one in self._prepared.previews]
-                folder = make_step_folder(self._run_dir, step, asked)
+                folder = make_step_folder(self._run_dir, step)
                 latents = self._sample(state, progress, step, check)
                 num_made = self._decode(latents, folder, progress, step, check)
                 seconds = time.monotonic() - start
@@ -219,8 +222,8 @@ class Previewer:
         latents = {}
         for number, one in enumerate(self._prepared.previews):
             if self._is_first:
-                progress.add_text(f"{SAMPLES}/{number:02}", one.request.prompt, step)
-            with _forgiving(progress, step, _name(number, one)):
+                progress.add_text(_tag(one.video), one.video.request.prompt, step)
+            with _forgiving(progress, step, _name(one.video)):
                 latents[number] = _sample(velocity, one, on_step=check)
         self._is_first = False
         return latents
@@ -238,11 +241,12 @@ class Previewer:
         state = jax.device_put(self._prepared.decoder_state, self._sharding)
         vae = nnx.merge(self._prepared.decoder, state)
         for number, latents_BTYXC in latents.items():
-            one = self._prepared.previews[number]
-            with _forgiving(progress, step, _name(number, one)):
-                chunks = _quantise(vae.decode_chunks(latents_BTYXC), check)
-                gif = _write_video(folder / name_video(number), chunks, one.bucket)
-                progress.add_animation(f"{SAMPLES}/{number:02}", gif, step)
+            video = self._prepared.previews[number].video
+            said = {"step": step, "vae_dtype": self._prepared.vae_dtype}
+            with _forgiving(progress, step, _name(video)):
+                chunks = _check_between(fetch_video(vae.decode_chunks(latents_BTYXC)), check)
+                gif = _write(video, folder, chunks, metadata=describe_request(video) | said)
+                progress.add_animation(_tag(video), gif, step)
                 num_made += 1
         return num_made
 
@@ -274,83 +278,53 @@ def _explain(error: Exception) -> str:
     return one_line(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
-def _check(request: Request, *, source: str) -> Preview:
+def _check(request: Request, number: int, *, source: str) -> Video:
+    source = f"{source}, prompt {number + 1}"
     if request.seed < 0:
         raise BadInput(
             f"{source}: --d {request.seed} asks for a drawn seed; only videos of one noise can be "
             "compared: give 0 or more"
         )
-    return Preview(request, *choose_frame(request, source=source))
+    return Video(request, Path(f"{number:02}.mp4"), *choose_frame(request, source=source))
 
 
-def _encode(previews: Sequence[Preview], folder: Path) -> list[Encoded]:
-    requests = [one.request for one in previews]
-    texts = [request.prompt for request in requests]
-    texts += [_negative(request) for request in requests if request.guidance != 1]
-    text_of = _encode_texts(list(dict.fromkeys(texts)), folder)
-    gc.collect()  # the text encoder's arrays go before the VAE's come
-    frames = _encode_frames([one.frame_BTYX3 for one in previews], folder)
-    gc.collect()
-    return [
-        Encoded(
-            one.request,
-            one.bucket,
-            text_of[one.request.prompt],
-            None if one.request.guidance == 1 else text_of[_negative(one.request)],
-            frame_B1YXC,
+def _encode_texts(videos: Sequence[Video], folder: Path, *, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the padded embeddings [1, S, E] of all prompts, by their text."""
+    wanted = list(
+        dict.fromkeys(
+            text for video in videos for text in (video.request.prompt, video.negative) if text
         )
-        for one, frame_B1YXC in zip(previews, frames, strict=True)
-    ]
-
-
-def _encode_texts(texts: list[str], folder: Path) -> dict[str, np.ndarray]:
-    encoder = load_fitting_text_encoder(folder, memory_bytes=device_memory())
+    )
+    encoder = load_fitting_text_encoder(folder, dtype=dtype, memory_bytes=device_memory())
     tokenizer = load_tokenizer(tokenizer_folder(folder))
-    found = {}
-    size = min(_TEXTS_AT_ONCE, len(texts))
-    for start in range(0, len(texts), size):
-        some = texts[start : start + size]
+    texts = {}
+    size = min(_TEXTS_AT_ONCE, len(wanted))
+    for start in range(0, len(wanted), size):
+        some = wanted[start : start + size]
         filler = [""] * (size - len(some))  # each batch size compiles once
-        for text, text_SE in zip(
-            some, encode_text(encoder, tokenizer, some + filler)[: len(some)], strict=True
-        ):
-            found[text] = pad_text([text_SE])
-            if is_cut(tokenizer, text):
-                log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
-    return found
+        encoded = encode_text(encoder, tokenizer, some + filler)[: len(some)]
+        texts |= {text: pad_text([text_SE]) for text, text_SE in zip(some, encoded, strict=True)}
+    for text in wanted:
+        if is_cut(tokenizer, text):
+            log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
+    return texts
 
 
-def _encode_frames(frames: Sequence[np.ndarray | None], folder: Path) -> list[np.ndarray | None]:
-    if all(frame is None for frame in frames):
-        return list(frames)
-    vae = load_vae(folder)
-    del vae.decoder
-    return [
-        None if frame is None else np.asarray(next(vae.encode_chunks([frame]))) for frame in frames
-    ]
+def _name(video: Video) -> str:
+    return f"preview {video.path.stem} ({video.request.prompt:.40}, {video.bucket})"
 
 
-def _load_decoder(folder: Path, *, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    vae = load_vae(folder, dtype=dtype, host=True)
-    del vae.encoder, vae.conv1
-    return nnx.split(vae)
-
-
-def _negative(request: Request) -> str:
-    return request.negative or NEGATIVE_PROMPT
-
-
-def _name(number: int, one: Encoded) -> str:
-    return f"preview {number:02} ({one.request.prompt:.40}, {one.bucket})"
+def _tag(video: Video) -> str:
+    return f"{SAMPLES}/{video.path.stem}"
 
 
 def _sample(velocity: Velocity, one: Encoded, *, on_step: Check) -> np.ndarray:
-    request = one.request
+    request = one.video.request
     latents_BTYXC = sample_latents(
         velocity,
         one.text_BSE,
         one.negative_BSE,
-        shape=(1, *one.bucket.latent_TYX, LATENT_CHANNELS),
+        shape=(1, *one.video.bucket.latent_TYX, LATENT_CHANNELS),
         solver=request.solver,
         steps=request.steps,
         shift=request.shift,
@@ -362,13 +336,15 @@ def _sample(velocity: Velocity, one: Encoded, *, on_step: Check) -> np.ndarray:
     return np.asarray(latents_BTYXC)
 
 
-def _quantise(chunks: Iterable[jax.Array], check: Check) -> Iterator[np.ndarray]:
-    for video_BTYX3 in chunks:
+def _check_between(chunks: Iterable[np.ndarray], check: Check) -> Iterator[np.ndarray]:
+    for chunk_TYX3 in chunks:
         check()
-        yield quantise_video(video_BTYX3)[0]
+        yield chunk_TYX3
 
 
-def _write_video(path: Path, chunks: Iterable[np.ndarray], bucket: Bucket) -> bytes:
+def _write(
+    video: Video, folder: Path, chunks: Iterable[np.ndarray], *, metadata: dict[str, Any]
+) -> bytes:
     """Writes the file; returns a small animation of it."""
     small: list[Image.Image] = []
 
@@ -380,12 +356,7 @@ def _write_video(path: Path, chunks: Iterable[np.ndarray], bucket: Bucket) -> by
             first += len(chunk_TYX3)
             yield chunk_TYX3
 
-    write_mp4(path, collect(), width_px=bucket.width_px, height_px=bucket.height_px)
+    width_px, height_px, _ = video.bucket
+    path = folder / video.path
+    write_video(path, collect(), width_px=width_px, height_px=height_px, metadata=metadata)
     return encode_animation(small, kind="GIF", fps=FPS / _ANIMATION_EVERY)
-
-
-def _describe(one: Encoded) -> dict[str, Any]:
-    """Says what a video is asked to be, in what JSON can hold."""
-    image = one.request.image and f"{one.request.image}"
-    size = {"width": one.bucket.width_px, "height": one.bucket.height_px}
-    return asdict(one.request) | size | {"image": image}

@@ -63,7 +63,8 @@ def _choose(row: list[PreviewFile], num_steps: int) -> list[PreviewFile]:
 
 
 def _write_row(row: list[PreviewFile], out: Path) -> str:
-    asked = row[0].asked
+    asked = dict(row[0].asked)
+    prompt = html.escape(str(asked.pop("prompt")))
     figures = []
     for preview in row:
         caption = f"step {preview.step:,}"
@@ -71,10 +72,10 @@ def _write_row(row: list[PreviewFile], out: Path) -> str:
             image = _link(f'<img alt="{caption}" src="{picture}">', preview.path, out)
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n")
     settings = ", ".join(
-        f"{name} {value}" for name, value in asked.items() if value and name != "prompt"
+        f"{name} {value}" for name, value in asked.items() if value not in ("", None)
     )
     return (
-        f"<h3>{html.escape(str(asked.get('prompt', '')))}</h3>\n<p>{html.escape(settings)}</p>\n"
+        f"<h3>{prompt}</h3>\n<p>{html.escape(settings)}</p>\n"
         f'<div class="strip">\n{"".join(figures)}</div>\n'
     )
 
