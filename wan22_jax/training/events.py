@@ -140,6 +140,25 @@ def read_events(run_dir: Path) -> tuple[list[Session], dict[str, Curve]]:
     return sessions, {name: _join(some) for name, some in parts.items()}
 
 
+def iterate_events(path: Path) -> Iterator[Event]:
+    """Yields the events up to a record that is not whole: the file grows, or its run was killed.
+
+    A record is its length (8 bytes), a checksum (4), the event and a checksum (4).
+    """
+    data = path.read_bytes()
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        end = start + 12 + length
+        if end + 4 > len(data):
+            return
+        try:
+            yield Event.FromString(data[start + 12 : end])
+        except DecodeError:
+            return
+        start = end + 4
+
+
 def _join(parts: list[Curve]) -> Curve:
     x_N = np.concatenate([part.steps_N for part in parts])
     values_N = np.concatenate([part.values_N for part in parts])
@@ -166,25 +185,6 @@ def _read_file(path: Path) -> tuple[Session | None, dict[str, tuple[list[int], l
     if about is None:
         return None, points
     return Session(**about | {"changes": tuple(about["changes"]), "config": config}), points
-
-
-def iterate_events(path: Path) -> Iterator[Event]:
-    """Yields the events up to a record that is not whole: the file grows, or its run was killed.
-
-    A record is its length (8 bytes), a checksum (4), the event and a checksum (4).
-    """
-    data = path.read_bytes()
-    start = 0
-    while start + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        end = start + 12 + length
-        if end + 4 > len(data):
-            return
-        try:
-            yield Event.FromString(data[start + 12 : end])
-        except DecodeError:
-            return
-        start = end + 4
 
 
 def _scalars(values: dict[str, float]) -> Summary:
