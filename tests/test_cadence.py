@@ -6,7 +6,7 @@ import pytest
 
 from wan22_jax.config import TrainConfig, load_config
 from wan22_jax.errors import BadInput
-from wan22_jax.training.cadence import Cadence, Due
+from wan22_jax.training.cadence import Cadence, Due, is_preview_ahead
 from wan22_jax.training.retention import Retention, choose_superfluous, make_retention
 
 STEPS_PER_EPOCH = 3
@@ -42,6 +42,8 @@ def list_due(cadence: Cadence, *, num_steps: int = 9, runs: int = 12) -> dict[in
         ("save_every_n_examples=9", "exports", {4: ("step4",), 8: ("step8",)}),  # 9 // 2 steps
         ("checkpoint_every_n_steps=4", "checkpoint", {4: True, 8: True}),
         ("checkpoint_every_n_epochs=2", "checkpoint", {6: True}),
+        ("sample={prompts=['a'], every_n_steps=4}", "preview", {4: True, 8: True}),
+        ("sample={prompts=['a'], every_n_epochs=2}", "preview", {6: True}),
     ],
 )
 def test_each_key_has_its_moments(key, field, expected, tmp_path):
@@ -54,6 +56,17 @@ def test_steps_and_epochs_together_make_both_folders(tmp_path):
     due = list_due(make_cadence(tmp_path, "save_every_n_steps=3", "save_every_n_epochs=2"))
     assert due[3].exports == ("step3",)
     assert due[6].exports == ("epoch2", "step6")
+
+
+@pytest.mark.parametrize("key", ["every_n_steps=4", "every_n_epochs=2"])
+def test_whether_a_preview_is_ahead_is_known_before(key, tmp_path):
+    key = f"sample={{prompts=['a'], {key}}}"
+    previews = {step for step, due in list_due(make_cadence(tmp_path, key)).items() if due.preview}
+    sample = make_config(tmp_path, key).sample
+    for first in range(10):
+        for last in range(10):
+            ahead = is_preview_ahead(sample, first, last, offset=0, steps_per_epoch=STEPS_PER_EPOCH)
+            assert ahead == any(first < step <= last for step in previews)
 
 
 def test_minutes_count_from_the_last_checkpoint(tmp_path):

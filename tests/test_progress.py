@@ -20,7 +20,7 @@ from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.monitoring import list_changes, open_progress
 from wan22_jax.resuming import Start
 from wan22_jax.training import metrics
-from wan22_jax.training.events import EPOCH_LOSS, EventLog, Session, read_events
+from wan22_jax.training.events import EPOCH_LOSS, EventLog, Session, iterate_events, read_events
 from wan22_jax.training.flops import count_flops
 from wan22_jax.training.metrics import Progress, StepReport, describe_status, name_decile
 from wan22_jax.training.status import FILE, Status, is_alive, read_status, write_status
@@ -187,9 +187,7 @@ def test_an_x_axis_in_examples_is_read_back_as_steps(tmp_path):
     log.write_epoch(7.0, 1)
     log.close()
     (path,) = tmp_path.iterdir()
-    from wan22_jax.training.events import _iterate
-
-    written = {v.tag: e.step for e in _iterate(path) for v in e.summary.value}
+    written = {v.tag: e.step for e in iterate_events(path) for v in e.summary.value}
     assert (written["train/loss"], written[EPOCH_LOSS]) == (12, 1)
     assert curves_of(tmp_path) == {"train/loss": {3: 7.0}, EPOCH_LOSS: {1: 7.0}}
 

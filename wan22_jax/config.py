@@ -20,6 +20,7 @@ from wan22_jax.full_config import FullConfig, find_fault
 from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
 from wan22_jax.refused_keys import IGNORED, REFUSED
+from wan22_jax.sample_config import SampleConfig
 from wan22_jax.toml_file import Table, apply_override, describe_problem, read_toml
 from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.optimizer_options import (
@@ -121,6 +122,7 @@ class TrainConfig(Table):
     model: ModelConfig
     adapter: AdapterConfig | None = None
     full: FullConfig | None = None
+    sample: SampleConfig | None = None
     optimizer: SerializeAsAny[Options] = AdamW()
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)

@@ -187,11 +187,11 @@ def quantise_layer(weight_OI: Float[Array | np.ndarray, "O I"]) -> tuple[Array, 
     return quantize_weight(jnp.asarray(weight_OI, jnp.float32))
 
 
-def load_vae(folder: Path, *, dtype: DTypeLike | None = None) -> WanVAE:
+def load_vae(folder: Path, *, dtype: DTypeLike | None = None, host: bool = False) -> WanVAE:
     """Loads the VAE; see ``load_transformer``."""
     config = read_model_card(folder).vae
     module = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    _restore(folder / "vae", module, dtype)
+    _restore(folder / "vae", module, dtype, host=host)
     return module
 
 

@@ -6,18 +6,14 @@ from pathlib import Path
 
 from wan22_jax.charts import STYLE as CHART_STYLE
 from wan22_jax.charts import Line, draw_chart, format_value
-from wan22_jax.data.thumbnail import make_thumbnail
-from wan22_jax.data.video import IMAGE_SUFFIXES, probe
-from wan22_jax.errors import BadInput
+from wan22_jax.report_samples import STYLE as SAMPLE_STYLE
+from wan22_jax.report_samples import write_samples
 from wan22_jax.run_summary import RunSummary, Saved, describe_state, digest_config, format_bytes
 from wan22_jax.training.events import EPOCH_LOSS, Curve
 from wan22_jax.training.metrics import NUM_DECILES, TASKS, format_duration, name_decile
 from wan22_jax.training.status import is_alive
 
 FILE = "report.html"
-SAMPLES = "samples"  # folder of pictures and clips in a run folder
-SAMPLE_PX = 480
-MAX_SAMPLES = 200  # the newest by name
 _TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video"}
 
 _STYLE = (
@@ -40,14 +36,11 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 th { background: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.k { white-space: nowrap; } td.wide { overflow-wrap: anywhere; min-width: 14rem; }
-.samples { display: grid; gap: .8rem; }
-.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
-.samples img { display: block; width: 100%; border-radius: .4rem; }
-.samples div { font-size: .85em; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; border-radius: .5rem; overflow-x: auto; }
 summary { cursor: pointer; }
 """
     + CHART_STYLE
+    + SAMPLE_STYLE
 )
 
 
@@ -66,7 +59,7 @@ def write_report(run: RunSummary, out: Path) -> None:
         _write_decile_table(run.curves),
         _write_section("Evaluation", _draw_evals(run)),
         _write_section("Optimizer and speed", _draw_speed(run)),
-        _write_samples(run.run_dir, out),
+        write_samples(run.run_dir, out),
         _write_saved(run),
         _write_sessions(run),
         "</html>\n",
@@ -213,34 +206,6 @@ def _lines(curves: dict[str, Curve], name: str, *, smooth: bool = True) -> list[
 
 def _resumes(run: RunSummary) -> list[int]:
     return [session.first_step for session in run.sessions[1:]]
-
-
-def _write_samples(run_dir: Path, out: Path) -> str:
-    files = sorted(path for path in (run_dir / SAMPLES).rglob("*") if path.is_file())
-    shown = []
-    for path in files[-MAX_SAMPLES:]:
-        picture = _read_picture(path)
-        if not picture:
-            continue
-        name = html.escape(str(path.relative_to(run_dir / SAMPLES)))
-        image = f'<img alt="{name}" src="{picture}">'
-        if path.suffix.lower() not in IMAGE_SUFFIXES and path.is_relative_to(out.parent):
-            link = html.escape(path.relative_to(out.parent).as_posix())
-            image = f'<a href="{link}">{image}</a>'
-        shown.append(f"<div>{image}{name}</div>\n")
-    if not shown:
-        return ""
-    return f'<h2>Samples</h2>\n<div class="samples">\n{"".join(shown)}</div>\n'
-
-
-def _read_picture(path: Path) -> str:
-    """Returns a picture, or the first frame of a clip, as a data: URI; "" if it is neither."""
-    try:
-        info = probe(path)
-        longest_px = min(SAMPLE_PX, max(info.width_px, info.height_px))
-        return make_thumbnail(path, info, longest_px=longest_px, quality=82)
-    except BadInput:  # a prompt's text file, or a clip that is being written
-        return ""
 
 
 def _write_saved(run: RunSummary) -> str:

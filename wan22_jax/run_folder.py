@@ -4,8 +4,10 @@ A run folder is named after the time, in UTC, at which the run started::
 
     <output_dir>/20261122_19-53-16/
       <config>.toml  <dataset>.toml   as the run started, with the data sets of evaluation
+      <prompts>.txt                   and the prompts of previews, if they are in a file
       epochN/  stepN/                 exported adapters, each with the config
       checkpoints/<step>/             training state
+      samples/step00000500/00.mp4     previews
       events.out.tfevents.*           curves
       save  save_quit                 made by a user, see ``stopping``
 """
@@ -80,7 +82,10 @@ def open_run(
             )
         folder, start = make_run_dir(output_dir), Start()
         (folder / config_file.name).write_text(dump_config(config), "utf-8")
-        for name, file in {"train": Path(config.dataset), **config.eval_sets}.items():
+        files = [("train", Path(config.dataset)), *config.eval_sets.items()]
+        if config.sample is not None and isinstance(config.sample.prompts, str):
+            files.append(("sample", Path(config.sample.prompts)))
+        for name, file in files:
             is_taken = (folder / file.name).exists()
             shutil.copy(file, folder / (f"{name}_{file.name}" if is_taken else file.name))
     else:

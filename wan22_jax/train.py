@@ -18,21 +18,13 @@ from wan22_jax.errors import run_command
 from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
 from wan22_jax.examples import make_grid, open_loader
 from wan22_jax.geometry import Bucket
-from wan22_jax.model_folder import (
-    choose_transformer_dtype,
-    read_model_card,
-)
+from wan22_jax.model_folder import choose_transformer_dtype, read_model_card
 from wan22_jax.monitoring import open_progress
+from wan22_jax.previews import Previewer, prepare_previews, read_previews
 from wan22_jax.resuming import NOTHING, Reset, resume_state
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.saving import Saver, name_checkpoint
-from wan22_jax.sharding import (
-    claim_gpu,
-    describe_peak_memory,
-    keep_compiled,
-    make_mesh,
-    replicated,
-)
+from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled, make_mesh, replicated
 from wan22_jax.start import choose_optimizer, plan_memory, start_training
 from wan22_jax.stopping import listen
 from wan22_jax.training.cadence import Cadence
@@ -40,11 +32,7 @@ from wan22_jax.training.memory import explain_exhaustion
 from wan22_jax.training.metrics import StepReport
 from wan22_jax.training.optimizer import describe_optimizer, make_optimizer, make_schedule
 from wan22_jax.training.retention import make_retention
-from wan22_jax.training.step import (
-    StepSettings,
-    compile_train_step,
-    split_seed,
-)
+from wan22_jax.training.step import StepSettings, compile_train_step, split_seed
 from wan22_jax.watch import add_watch_arguments, watch
 
 log = logging.getLogger(__name__)
@@ -108,6 +96,7 @@ def train(
             what was trained cannot be saved.
     """
     config = load_config(config_file, overrides)
+    previews = read_previews(config, config_file)
     claim_gpu(  # before anything starts JAX's backend
         deterministic=config.deterministic, counts_host=config.adapter is None
     )
@@ -153,6 +142,15 @@ def train(
     what = f"frozen weights: {dtype}" if config.adapter else "all weights train"
     log.info("%s, from %s of %s", what, model_folder, card.dtype)
     log.info("memory: %s", plan)
+    prepared = prepare_previews(
+        config,
+        previews,
+        first_step=first_step,
+        total_steps=total_steps,
+        offset=offset,
+        steps_per_epoch=loader.steps_per_epoch,
+        is_new=not resume,
+    )
     with explain_exhaustion(plan):
         graphdef, optimizer, state, frozen = start_training(
             config,
@@ -181,6 +179,9 @@ def train(
     evaluator = make_evaluator(
         config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding
     )
+    previewer = prepared and Previewer(
+        prepared, run.folder, graphdef=graphdef, frozen=frozen, sharding=sharding
+    )
 
     with open_checkpoints(run.folder) as checkpoints:
         if resume:
@@ -207,6 +208,8 @@ def train(
         ):
             if evaluator and config.eval_before_first_step and not resume:
                 evaluate(evaluator, state, progress, first_step)
+            if previewer and previewer.before_first_step:
+                previewer(state, progress, first_step, wishes)
             for step, item in zip(
                 range(first_step, total_steps), loader.iterate(first_step + offset), strict=False
             ):
@@ -234,6 +237,8 @@ def train(
                 wishes.fulfil(wish)
                 if wish.stop:
                     break
+                if previewer and due.preview:  # what they do to the run, they do to a saved one
+                    previewer(state, progress, done, wishes)
             saver.finish()
     log.info("%s", describe_peak_memory())
     log.info("done: %d steps, %s", done, checkpoints.describe_last())

@@ -1,4 +1,4 @@
-"""What is due after a step: an evaluation, a checkpoint, an exported adapter?
+"""What is due after a step: an evaluation, a checkpoint, an exported adapter, previews?
 
 Keys that count examples count whole steps: as many as have that many examples, rounded down.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from wan22_jax.config import TrainConfig
 from wan22_jax.errors import BadInput
+from wan22_jax.sample_config import SampleConfig
 
 
 class Due(NamedTuple):
@@ -17,6 +18,7 @@ class Due(NamedTuple):
     evaluate: bool
     checkpoint: bool
     exports: tuple[str, ...]  # names of folders: epoch3, step200
+    preview: bool = False
 
 
 class Cadence:
@@ -56,6 +58,7 @@ class Cadence:
         self._checkpoint_minutes = config.checkpoint_every_n_minutes
         self._eval_steps = (config.eval_every_n_steps, steps("eval_every_n_examples"))
         self._eval_epochs = config.eval_every_n_epochs
+        self._sample = config.sample
         self._clock = clock
         self._checkpointed_at = clock()
 
@@ -85,7 +88,30 @@ class Cadence:
         evaluate = any(_divides(n, step) for n in self._eval_steps) or (
             ends_epoch and _divides(self._eval_epochs, epoch)
         )
-        return Due(evaluate, checkpoint, exports)
+        preview = self._sample is not None and (
+            _divides(self._sample.every_n_steps, step)
+            or (ends_epoch and _divides(self._sample.every_n_epochs, epoch))
+        )
+        return Due(evaluate, checkpoint, exports, preview)
+
+
+def is_preview_ahead(
+    sample: SampleConfig, first_step: int, last_step: int, *, offset: int, steps_per_epoch: int
+) -> bool:
+    """Whether ``Cadence`` finds previews due after a step in (first_step, last_step].
+
+    Args:
+        sample: the table.
+        first_step: steps that are done.
+        last_step: steps after which the run ends.
+        offset: an epoch ends where ``steps_per_epoch`` divides the step plus this.
+        steps_per_epoch: of the loader.
+    """
+    every_steps, every_epochs = sample.every_n_steps, sample.every_n_epochs
+    by_step = every_steps and last_step // every_steps > first_step // every_steps
+    every = (every_epochs or 0) * steps_per_epoch
+    by_epoch = every and (last_step + offset) // every > (first_step + offset) // every
+    return bool(by_step or by_epoch)
 
 
 def _divides(every: int | None, count: int) -> bool:

@@ -5,6 +5,7 @@ where it goes on; what an earlier session had written of later steps is then of 
 checkpoint undid, and is left out where files are read together.
 """
 
+import io
 import json
 import logging
 import struct
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -71,6 +73,20 @@ class EventLog:
         """Adds the mean loss of an epoch."""
         self._write(_scalars({EPOCH_LOSS: loss}), epoch)
 
+    def write_animation(self, name: str, gif: bytes, step: int) -> None:
+        """Adds a GIF, as TensorBoard shows a video."""
+        with Image.open(io.BytesIO(gif)) as picture:
+            width_px, height_px = picture.size
+        image = Summary.Image(
+            height=height_px, width=width_px, colorspace=3, encoded_image_string=gif
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._write(summary, step * self._per_step)
+
+    def write_text(self, name: str, content: str, step: int) -> None:
+        """Adds a text, which TensorBoard reads as Markdown."""
+        self._write(text(name, content), step * self._per_step)
+
     def flush(self) -> None:
         """Puts on disk what has been added."""
         with self._past_full_disk():
@@ -124,35 +140,7 @@ def read_events(run_dir: Path) -> tuple[list[Session], dict[str, Curve]]:
     return sessions, {name: _join(some) for name, some in parts.items()}
 
 
-def _join(parts: list[Curve]) -> Curve:
-    x_N = np.concatenate([part.steps_N for part in parts])
-    values_N = np.concatenate([part.values_N for part in parts])
-    # Of one step's values, the last written counts: the first in the reversed order.
-    kept_N, last_N = np.unique(x_N[::-1], return_index=True)
-    return Curve(kept_N, values_N[::-1][last_N])
-
-
-def _read_file(path: Path) -> tuple[Session | None, dict[str, tuple[list[int], list[float]]]]:
-    about: dict | None = None
-    config = ""
-    points: dict[str, tuple[list[int], list[float]]] = {}
-    for event in _iterate(path):
-        for value in event.summary.value:
-            if value.tag.startswith(f"{_SESSION}/"):
-                about = json.loads(value.tensor.string_val[0])
-            elif value.tag.startswith(f"{_CONFIG}/"):
-                lines = value.tensor.string_val[0].decode().splitlines()
-                config = "".join(f"{line[4:]}\n" for line in lines)
-            elif value.HasField("simple_value"):
-                xs, values = points.setdefault(value.tag, ([], []))
-                xs.append(event.step)
-                values.append(value.simple_value)
-    if about is None:
-        return None, points
-    return Session(**about | {"changes": tuple(about["changes"]), "config": config}), points
-
-
-def _iterate(path: Path) -> Iterator[Event]:
+def iterate_events(path: Path) -> Iterator[Event]:
     """Yields the events up to a record that is not whole: the file grows, or its run was killed.
 
     A record is its length (8 bytes), a checksum (4), the event and a checksum (4).
@@ -169,6 +157,34 @@ def _iterate(path: Path) -> Iterator[Event]:
         except DecodeError:
             return
         start = end + 4
+
+
+def _join(parts: list[Curve]) -> Curve:
+    x_N = np.concatenate([part.steps_N for part in parts])
+    values_N = np.concatenate([part.values_N for part in parts])
+    # Of one step's values, the last written counts: the first in the reversed order.
+    kept_N, last_N = np.unique(x_N[::-1], return_index=True)
+    return Curve(kept_N, values_N[::-1][last_N])
+
+
+def _read_file(path: Path) -> tuple[Session | None, dict[str, tuple[list[int], list[float]]]]:
+    about: dict | None = None
+    config = ""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    for event in iterate_events(path):
+        for value in event.summary.value:
+            if value.tag.startswith(f"{_SESSION}/"):
+                about = json.loads(value.tensor.string_val[0])
+            elif value.tag.startswith(f"{_CONFIG}/"):
+                lines = value.tensor.string_val[0].decode().splitlines()
+                config = "".join(f"{line[4:]}\n" for line in lines)
+            elif value.HasField("simple_value"):
+                xs, values = points.setdefault(value.tag, ([], []))
+                xs.append(event.step)
+                values.append(value.simple_value)
+    if about is None:
+        return None, points
+    return Session(**about | {"changes": tuple(about["changes"]), "config": config}), points
 
 
 def _scalars(values: dict[str, float]) -> Summary:

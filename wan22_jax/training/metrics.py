@@ -178,6 +178,14 @@ class Progress:
         if self._wandb is not None:
             self._wandb.write(values, step)
 
+    def add_animation(self, name: str, gif: bytes, step: int) -> None:
+        """Writes a small video to TensorBoard."""
+        self._events.write_animation(name, gif, step)
+
+    def add_text(self, name: str, content: str, step: int) -> None:
+        """Writes a text to TensorBoard."""
+        self._events.write_text(name, content, step)
+
     def _finish(self, report: StepReport, seconds: float | None) -> None:
         metrics = jax.device_get(report.metrics)
         loss = float(metrics["loss"])
