@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wan22_jax.errors import BadInput, is_full_disk, run_command
+from wan22_jax.outputs import check_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -114,6 +115,7 @@ def download(
             one came with another digest (it is deleted). What was cut off stays, as ``.partial``.
     """
     _check_environment()
+    check_folder(out)
     from huggingface_hub import HfApi, RepoFile
 
     api = HfApi(endpoint=endpoint)

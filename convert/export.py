@@ -28,6 +28,7 @@ from wan22_jax.errors import BadInput, run_command
 from wan22_jax.full_file import is_full, make_metadata, read_full
 from wan22_jax.lora_names import DIALECTS, Dialect
 from wan22_jax.model_folder import find_model_folder, read_transformer_digest
+from wan22_jax.outputs import check_output
 from wan22_jax.proof import Variant
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -99,6 +100,7 @@ def check_lora_file(out: Path, *, overwrite: bool) -> None:
     """Raises BadInput if a LoRA cannot be written to this path."""
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: the name of a LoRA file must end in .safetensors")
+    check_output(out)
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
     if out.is_dir():

@@ -134,9 +134,9 @@ def _extract(args: argparse.Namespace) -> None:
     check_lora_file(args.out, overwrite=args.overwrite)
     if args.rank < 1:
         raise BadInput(f"--rank: 1 or more expected, got {args.rank}")
+    base, tuned = _open_model(args.base), _open_model(args.tuned)
     if args.out.resolve() in (args.base.resolve(), args.tuned.resolve()):
         raise BadInput(f"{args.out}: is a model to read, so it is not replaced; choose another")
-    base, tuned = _open_model(args.base), _open_model(args.tuned)
     differing = [
         f"{name} is {_shape(base, name)} and {_shape(tuned, name)}"
         for name in dict.fromkeys((*base.shapes, *tuned.shapes))

@@ -35,7 +35,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert.checkpoints import Checkpoint, Sources, open_checkpoint
-from convert.progress import Progress, identify, open_progress, replace_folder, used_bytes
+from convert.progress import Progress, identify, open_progress, used_bytes
 from wan22_jax.errors import BadInput, is_full_disk, run_command
 from wan22_jax.model.fp8 import is_float8
 from wan22_jax.model.umt5 import UMT5
@@ -54,6 +54,7 @@ from wan22_jax.model_folder import (
     unquantised_dtype,
     write_model_card,
 )
+from wan22_jax.outputs import check_output, replace_folder
 from wan22_jax.weights import (
     Network,
     OfficialTensors,
@@ -167,6 +168,7 @@ Plan = Mapping[str, jax.ShapeDtypeStruct]  # by parameter path, layers stacked
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
+    check_output(out)
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not overwrite:

@@ -18,7 +18,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import convert.weights
-from convert.progress import replace_folder
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, weights
@@ -30,6 +29,7 @@ from wan22_jax.demo_checkpoint import (
 )
 from wan22_jax.errors import BadInput
 from wan22_jax.model.vae import WAN22_VAE
+from wan22_jax.outputs import replace_folder
 from wan22_jax.tensor_files import SafetensorsFiles
 from wan22_jax.weights import text_encoder_names, transformer_names, vae_names
 

@@ -22,6 +22,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.lora_names import Dialect
 from wan22_jax.model_folder import read_model_card
 from wan22_jax.model_tensors import FolderTensors, stacked_weight_shapes
+from wan22_jax.outputs import replacing
 from wan22_jax.proof import prove_adapter
 
 
@@ -60,8 +61,7 @@ def write_proven(
         check_fit(trained, stacked_weight_shapes(base))
     dtype = dtype or configured_dtype(trained)
     adapter = _cast(trained, dtype, source=trained.source)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with replacing(out) as partial:
         write_adapter(adapter, partial, dialect)
         exported = load_adapter(partial)
         _check_equal(exported, adapter, source=str(out))
@@ -71,9 +71,6 @@ def write_proven(
         else:
             config = read_model_card(model).transformer
             proof = prove_adapter(trained, exported, dtype=dtype, base=base, config=config)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return Proven(exported, proof)
 
 
