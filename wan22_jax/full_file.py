@@ -22,7 +22,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import FLOAT8, quantise_layer, unquantised_dtype
 from wan22_jax.model_tensors import HeldTensors, Tensors
 from wan22_jax.tensor_files import DTYPES, SafetensorsFiles
-from wan22_jax.weights import stored_dtype
+from wan22_jax.weights import cast_finite, stored_dtype
 
 _SCALE, _MARKER = "scale_weight", "scaled_fp8"  # ComfyUI's
 
@@ -216,13 +216,9 @@ def _is_linear(official: str, shape: tuple[int, ...]) -> bool:
 
 def _encode(tensors: Tensors, official: str, dtype: str) -> list[np.ndarray]:
     """The arrays that ``_plan`` describes."""
-    trained = np.asarray(tensors.read(official))
-    if not np.isfinite(trained.astype(np.float32)).all():
-        raise BadInput(f"{official} has infinite or NaN values; choose an earlier checkpoint")
+    trained, remedy = np.asarray(tensors.read(official)), "choose an earlier checkpoint"
     if dtype == FLOAT8 and _is_linear(official, trained.shape):
+        trained = cast_finite(trained, None, what=official, remedy=remedy)
         return [np.asarray(part) for part in quantise_layer(trained)]
-    with np.errstate(over="ignore"):
-        array = trained.astype(stored_dtype(official, unquantised_dtype(dtype)))
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise BadInput(f"{official} has values beyond {dtype}; choose bfloat16")
-    return [array]
+    kept_as = stored_dtype(official, unquantised_dtype(dtype))
+    return [cast_finite(trained, kept_as, what=official, remedy=remedy)]
