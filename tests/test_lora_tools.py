@@ -260,6 +260,15 @@ def test_merge_refuses_what_does_not_go_together(files, tmp_path, capsys):
     words = ("merge", "--model", files.model, "--lora", tmp_path / "b.safetensors", "--out", out)
     refuses(capsys, "was trained on base model aaaa", *words)
     refuses(capsys, "a strength is a number", "merge", "--lora", f"{files.lora}:nan", "--out", out)
+    for strength in ("1e39", "-3e38"):
+        for model in ((), ("--model", files.model)):
+            words = ("merge", "--lora", f"{files.lora}:{strength}", *model, "--out", out)
+            wanted = (
+                r"lora\.safetensors: a strength of \S+ takes its numbers beyond float32; choose"
+            )
+            refuses(capsys, wanted, *words)
+    words = ("merge", "--lora", f"{files.lora}:1e37", "--model", files.model, "--out", out)
+    refuses(capsys, r"computes infinite or NaN numbers; .* or smaller strengths of LoRAs", *words)
     words = ("merge", "--lora", files.lora, "--format", "official", "--out", out)
     refuses(capsys, "--format official is that of a whole model; add --model", *words)
     assert not out.exists()

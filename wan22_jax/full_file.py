@@ -216,7 +216,8 @@ def _is_linear(official: str, shape: tuple[int, ...]) -> bool:
 
 def _encode(tensors: Tensors, official: str, dtype: str) -> list[np.ndarray]:
     """The arrays that ``_plan`` describes."""
-    trained, remedy = np.asarray(tensors.read(official)), "choose an earlier checkpoint"
+    trained = np.asarray(tensors.read(official))
+    remedy = "choose an earlier checkpoint, or smaller strengths of LoRAs"
     if dtype == FLOAT8 and _is_linear(official, trained.shape):
         trained = cast_finite(trained, None, what=official, remedy=remedy)
         return [np.asarray(part) for part in quantise_layer(trained)]
