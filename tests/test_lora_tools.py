@@ -106,6 +106,26 @@ def test_convert_refuses_what_it_cannot_write_or_read(files, tmp_path, capsys):
     assert load_adapter(out).matrices["blocks.ffn.0.lora_A"].dtype == np.float32
 
 
+def test_what_a_header_says_is_printed_as_one_short_line(files, tmp_path, capsys):
+    odd = "7\n\x1b[31mred\u2028\x85" + "x" * 10**5
+    header = {"step": odd, "base_digest": odd}
+    adapter = Adapter(files.adapter.matrices, files.adapter.alphas, header, "")
+    write_adapter(adapter, tmp_path / "odd.safetensors")
+    words = ("convert", "--lora", tmp_path / "odd.safetensors", "--out")
+    assert run(*words, tmp_path / "out.safetensors") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert r"alpha 6, step 7\n\x1b[31mred\u2028\x85, 0." in line
+    assert load_adapter(tmp_path / "out.safetensors").metadata["step"] == odd
+    refuses(
+        capsys,
+        r"base model 7 \\x1b\[31mred \S{1,64}, this",
+        *words,
+        tmp_path / "b.safetensors",
+        "--model",
+        files.model,
+    )
+
+
 def test_a_lora_in_eight_bits_is_refused(tmp_path, capsys):
     name = "diffusion_model.blocks.0.ffn.0.lora_A.weight"
     header = f'{{"{name}":{{"dtype":"F8_E4M3","shape":[1,1],"data_offsets":[0,1]}}}}'.encode()
