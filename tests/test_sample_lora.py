@@ -6,10 +6,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from export_runs import start_lora_run
+from export_runs import write_lora_run
 from tiny_run import keep_programs
 
 from convert import export
+from convert.weights import convert
 from wan22_jax import sample
 from wan22_jax.lora_names import DIALECTS
 
@@ -21,8 +22,10 @@ def folder(official, tmp_path_factory):
     """A model, a run with a LoRA on it, and what is exported of it in every dialect."""
     folder = tmp_path_factory.mktemp("loras")
     with keep_programs(folder / "programs"):
-        model, run_dir, _ = start_lora_run(official, folder)
-        assert (model.name, run_dir.name) == ("model", "lora_run")
+        convert(official, folder / "model")
+        run_dir = folder / "lora_run"
+        # Where the run does not find its model, the exports cost no forward pass.
+        write_lora_run(run_dir, folder / "model", ckpt_path=folder / "gone")
         for dialect in DIALECTS:
             words = ["--checkpoint", run_dir, "--format", dialect, "--dtype", "float32"]
             words += ["--out", folder / f"{dialect}.safetensors"]
