@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from flax import nnx
 from tqdm import tqdm
 
-from convert.weights import digest_network, digest_networks, write_network
+from convert.written_network import digest_network, digest_networks, write_network
 from wan22_jax.adapter import Adapter
 from wan22_jax.errors import BadInput
 from wan22_jax.full_file import count_bytes, describe_merge, write_full

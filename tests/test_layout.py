@@ -74,7 +74,7 @@ LAYERS = [
     {"wan22_jax.demo_checkpoint", "wan22_jax.demo_clips"},
     {"wan22_jax.encode", "wan22_jax.train", "wan22_jax.sample", "wan22_jax.demo"},
     {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"} | {"convert.download"},
-    {"convert.checkpoints", "convert.progress"},
+    {"convert.checkpoints", "convert.progress", "convert.written_network"},
     {"convert.weights"},
     {"convert.whole_model"},
     {"convert.export", "convert.lora_algebra"},
