@@ -34,6 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="made anew, left when it fails")
+    parser.add_argument("--skip_merged", action="store_true", help="only LoRAs on the base")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to check the program")
     parser.add_argument("--part", choices=("make", "ours", "theirs"), help="run by the program")
     args = parser.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
         lora = ("--lora", "comfyui.safetensors", "--format", dialect)
         command(args.work, "wan22-lora", "convert", *lora, "--out", f"{dialect}.safetensors")
     ours = subprocess.Popen([*part, "ours"], cwd=args.work, env=environment())  # beside the next
-    for name, strength in (("base", 0), ("merged", 1)):
+    exported = (("base", 0), ("merged", 1))[: 1 if args.skip_merged else 2]
+    for name, strength in exported:
         lora = ("--lora", f"comfyui.safetensors:{strength}", "--model", "model")
         out = ("--format", "diffusers", "--out", name)
         command(args.work, "wan22-lora", "merge", *lora, *out)
@@ -150,6 +152,7 @@ def compare_theirs(args: argparse.Namespace) -> None:
     import diffusers
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs, ours = np.load(args.work / "inputs.npz"), np.load(args.work / "ours.npz")
     latents = torch.from_numpy(inputs["latents"].transpose(0, 4, 1, 2, 3).copy()).to(device)
@@ -175,7 +178,8 @@ def compare_theirs(args: argparse.Namespace) -> None:
         if not error < tolerance:
             sys.exit(f"{what}: its velocity differs by {error:.2g} of the largest number")
 
-    check("merged, a Diffusers folder", open_folder("merged"), ours["lora"], ROUNDED)
+    if (args.work / "merged").is_dir():
+        check("merged, a Diffusers folder", open_folder("merged"), ours["lora"], ROUNDED)
     model = open_folder("base")
     check("base, a Diffusers folder", model, ours["base"])
     pipeline = diffusers.WanPipeline(

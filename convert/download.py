@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wan22_jax.errors import BadInput, is_full_disk, run_command
+from wan22_jax.outputs import check_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -113,6 +114,8 @@ def download(
         BadInput: the hub cannot be reached or does not have a file, there is no room for them, or
             one came with another digest (it is deleted). What was cut off stays, as ``.partial``.
     """
+    _check_environment()
+    check_folder(out)
     from huggingface_hub import HfApi, RepoFile
 
     api = HfApi(endpoint=endpoint)
@@ -140,6 +143,24 @@ def download(
             )
         partial.replace(out / name)
     return [out / name for name in layout.files]
+
+
+def _check_environment() -> None:
+    """Raises BadInput for an HF_ENDPOINT with which the library cannot even be imported."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is None:
+        return
+    try:
+        parts = urlsplit(endpoint)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = is_address and parts.port != 0  # ValueError if it is beyond 65535
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise BadInput(
+            f"HF_ENDPOINT: is {endpoint!r}, an address like https://huggingface.co was expected; "
+            "set it to that of a mirror, or unset it"
+        )
 
 
 def _fetch(repo: str, name: str, commit: str, endpoint: str, partial: Path, *, size: int) -> None:

@@ -24,10 +24,11 @@ from convert.whole_model import (
 from wan22_jax.adapter import load_adapter, to_tensors
 from wan22_jax.adapter_file import Proven, write_proven
 from wan22_jax.checkpoint import read_saved_meta
-from wan22_jax.errors import BadInput, run_command
+from wan22_jax.errors import BadInput, one_line, run_command
 from wan22_jax.full_file import is_full, make_metadata, read_full
 from wan22_jax.lora_names import DIALECTS, Dialect
 from wan22_jax.model_folder import find_model_folder, read_transformer_digest
+from wan22_jax.outputs import check_output
 from wan22_jax.proof import Variant
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -99,6 +100,7 @@ def check_lora_file(out: Path, *, overwrite: bool) -> None:
     """Raises BadInput if a LoRA cannot be written to this path."""
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: the name of a LoRA file must end in .safetensors")
+    check_output(out)
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
     if out.is_dir():
@@ -109,7 +111,8 @@ def describe_file(out: Path, proven: Proven, dialect: Dialect) -> str:
     """Says what a LoRA file holds."""
     adapter = proven.adapter
     dtype = next(iter(adapter.matrices.values())).dtype
-    step = f", step {adapter.metadata['step']}" if "step" in adapter.metadata else ""
+    step = adapter.metadata.get("step")  # of any maker
+    step = "" if step is None else f", step {one_line(step):.24}"
     return (
         f"wrote {out}: {len(to_tensors(adapter, dialect))} tensors, {dtype}, {adapter}{step}, "
         f"{out.stat().st_size / 1e6:.1f} MB, names of {dialect}; read back and equal bit by bit; "

@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (convert, resize):
         command.add_argument("--lora", type=Path, required=True, help="file, or training run")
         command.add_argument("--model", type=Path, help="its base, to prove by a forward pass")
+    for command in (convert, resize, merge):
+        average = "of runs, the average that ema_decay makes"
+        command.add_argument("--ema", action="store_true", help=average)
     for command in (convert, resize, extract):
         command.add_argument("--format", choices=DIALECTS, default="comfyui", help="of the names")
     size = resize.add_mutually_exclusive_group(required=True)
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     check_lora_file(args.out, overwrite=args.overwrite)
-    _write_lora(describe(_load(args)), args, dtype=args.dtype, model=args.model)
+    _write_lora(describe(_load(args, args.lora)), args, dtype=args.dtype, model=args.model)
 
 
 def _resize(args: argparse.Namespace) -> None:
@@ -97,7 +100,7 @@ def _resize(args: argparse.Namespace) -> None:
         raise BadInput(f"--rank: 1 or more expected, got {args.rank}")
     if args.energy is not None and not 0 < args.energy <= 1:
         raise BadInput(f"--energy: a share in (0, 1] expected, got {args.energy}; 0.95 is usual")
-    adapter = _load(args)
+    adapter = _load(args, args.lora)
     if args.rank is not None and args.rank > max(adapter.ranks.values()):
         raise BadInput(
             f"{args.lora}: has {adapter}, --rank {args.rank} is more; a higher rank adds nothing"
@@ -108,11 +111,10 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    digest = read_transformer_digest(args.model)
     adapters = []
     for word in args.lora:
         path, strength = parse_lora(word)
-        adapters.append((load_adapter(path, base_digest=digest), strength))
+        adapters.append((_load(args, path), strength))
     joined = join_loras(adapters, source=" and ".join(args.lora))
     if args.model is None:
         dialect = args.format or "comfyui"
@@ -134,9 +136,9 @@ def _extract(args: argparse.Namespace) -> None:
     check_lora_file(args.out, overwrite=args.overwrite)
     if args.rank < 1:
         raise BadInput(f"--rank: 1 or more expected, got {args.rank}")
+    base, tuned = _open_model(args.base), _open_model(args.tuned)
     if args.out.resolve() in (args.base.resolve(), args.tuned.resolve()):
         raise BadInput(f"{args.out}: is a model to read, so it is not replaced; choose another")
-    base, tuned = _open_model(args.base), _open_model(args.tuned)
     differing = [
         f"{name} is {_shape(base, name)} and {_shape(tuned, name)}"
         for name in dict.fromkeys((*base.shapes, *tuned.shapes))
@@ -164,8 +166,10 @@ def _extract(args: argparse.Namespace) -> None:
     _write_lora(adapter, args, dtype=args.dtype or "bfloat16", model=model)
 
 
-def _load(args: argparse.Namespace) -> Adapter:
-    return load_adapter(args.lora, base_digest=read_transformer_digest(args.model))
+def _load(args: argparse.Namespace, path: Path) -> Adapter:
+    if args.ema and path.is_file():
+        raise BadInput(f"{path}: --ema is of training runs, a file holds one LoRA; leave it out")
+    return load_adapter(path, ema=args.ema, base_digest=read_transformer_digest(args.model))
 
 
 def _write_lora(

@@ -37,27 +37,6 @@ class Progress:
             self._file.flush()
 
 
-def replace_folder(partial: Path, out: Path) -> None:
-    """Gives a complete folder its name; an earlier one of that name is deleted after that.
-
-    A link is followed: what it names is replaced.
-    """
-    out = out.resolve()
-    if not out.is_dir():
-        partial.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old")
-    if old.is_dir():  # of a run that was killed here
-        shutil.rmtree(old)
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
 @contextmanager
 def open_progress(folder: Path, identity: str) -> Iterator[Progress]:
     """Opens a partial folder for writing, and empties it if it is of another identity.

@@ -15,8 +15,7 @@ is compared with that of the trained model; then it gets its name.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,8 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from flax import nnx
 from tqdm import tqdm
 
-from convert.progress import replace_folder
-from convert.weights import digest_network, digest_networks, write_network
+from convert.written_network import digest_network, digest_networks, write_network
 from wan22_jax.adapter import Adapter
 from wan22_jax.errors import BadInput
 from wan22_jax.full_file import count_bytes, describe_merge, write_full
@@ -41,6 +39,7 @@ from wan22_jax.model_folder import (
     write_model_card,
 )
 from wan22_jax.model_tensors import FolderTensors, HeldTensors, MergedTensors, Tensors
+from wan22_jax.outputs import check_output, replacing
 from wan22_jax.proof import Variant, prove_model
 from wan22_jax.tensor_files import SafetensorsFiles
 from wan22_jax.weights import (
@@ -142,7 +141,7 @@ def write_model(
     dtype = FLOAT8 if kind == "fp8_scaled" else dtype
     card = None if model.folder is None else read_model_card(model.folder)
     if kind in ("official", "fp8_scaled"):
-        with _replacing(out) as partial:
+        with replacing(out) as partial:
             num_bytes = write_full(model.tensors, partial, dtype=dtype, metadata=model.metadata)
             written = _open_files(partial)
             proof = _prove(model, written, card, dtype=dtype, out=out)
@@ -155,7 +154,7 @@ def write_model(
         )
     if kind == "model" and dtype == "float16":
         raise BadInput(f"{out}: a model folder is bfloat16 or float32; choose one with --dtype")
-    with _replacing(out) as partial:
+    with replacing(out) as partial:
         if kind == "diffusers":
             _write_diffusers(partial, model, card, dtype=dtype)
             written, what = _open_files(partial / "transformer"), dtype
@@ -213,6 +212,7 @@ def diffusers_vae_config(config: VAEConfig) -> dict[str, Any]:
 
 
 def _check_out(out: Path, kind: Format, *, base: Path | None, overwrite: bool) -> None:
+    check_output(out)
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; choose another name or add --overwrite")
     if base is not None and out.resolve() == base.resolve():
@@ -222,28 +222,6 @@ def _check_out(out: Path, kind: Format, *, base: Path | None, overwrite: bool) -
         return
     if kind not in marks or not (out / marks[kind]).is_file():
         raise BadInput(f"{out}: is no folder of this kind, so it is not replaced; choose another")
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Gives a path to write to, which gets its name if nothing fails, and else is removed."""
-    out = out.resolve()  # a link is followed
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    _remove(partial)  # of an export that was killed
-    try:
-        yield partial
-        if partial.is_dir():
-            replace_folder(partial, out)
-        else:
-            partial.replace(out)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def _open_files(where: Path) -> OfficialTensors:

@@ -1,5 +1,6 @@
 """Runs to export: checkpoints as wan22-train leaves them, of a tiny model, without training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -43,19 +44,30 @@ def start_lora_run(official: Path, folder: Path) -> tuple[Path, Path, Adapter]:
     return model, run_dir, write_lora_run(run_dir, model, ckpt_path=model)
 
 
-def write_lora_run(run_dir: Path, model: Path, *, seed: int = 0, ckpt_path: Path) -> Adapter:
+def write_lora_run(
+    run_dir: Path,
+    model: Path,
+    *,
+    seed: int = 0,
+    ckpt_path: Path,
+    averages: Mapping[str, np.ndarray] | None = None,
+) -> Adapter:
     """A run on a model folder with one checkpoint, of step 7; ``ckpt_path`` is in its config."""
     targets = dict.fromkeys(ALL, LoRATarget(RANK, ALPHA))
     adapter = draw_adapter(stacked_weight_shapes(FolderTensors(model)), targets, seed=seed)
-    arrays = {name: jnp.asarray(matrix) for name, matrix in adapter.matrices.items()}
     meta = _describe(model, ckpt_path) | {"targets": describe_targets(targets)}
     meta["config"]["adapter"] = {"dtype": "bfloat16", "rank": RANK, "alpha": ALPHA}
-    _save(run_dir, arrays, meta)
+    _save(run_dir, adapter.matrices, meta, averages)
     return adapter
 
 
 def write_full_run(
-    run_dir: Path, model: Path, *, ckpt_path: Path, noise: float = 0.02
+    run_dir: Path,
+    model: Path,
+    *,
+    ckpt_path: Path,
+    noise: float = 0.02,
+    averages: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """A run without adapter on a model folder; returns its weights by official name."""
     tensors, rng = FolderTensors(model), np.random.default_rng(1)
@@ -63,11 +75,7 @@ def write_full_run(
     for name, shape in tensors.shapes.items():
         base = tensors.read(name).astype(np.float32)
         weights[name] = base + noise * rng.normal(size=shape).astype(np.float32)
-    _save(
-        run_dir,
-        {name: jnp.asarray(array) for name, array in weights.items()},
-        _describe(model, ckpt_path) | {"targets": None},
-    )
+    _save(run_dir, weights, _describe(model, ckpt_path) | {"targets": None}, averages)
     return weights
 
 
@@ -77,8 +85,17 @@ def _describe(model: Path, ckpt_path: Path) -> dict:
     return {"base_digest": digest, "seed": 0, "config": config, "base_model": BASE_MODEL}
 
 
-def _save(run_dir: Path, arrays: dict, meta: dict) -> None:
+def _save(
+    run_dir: Path,
+    matrices: Mapping[str, np.ndarray],
+    meta: dict,
+    averages: Mapping[str, np.ndarray] | None,
+) -> None:
     run_dir.mkdir()
+    arrays = {name: jnp.asarray(array) for name, array in matrices.items()}
+    ema = None
+    if averages is not None:
+        ema = {name: jnp.asarray(array) for name, array in averages.items()}
     opt_state = optax.sgd(1.0, momentum=0.9).init(arrays)
     with open_checkpoints(run_dir) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(7), arrays, opt_state), meta)
+        checkpoints.save(TrainState(jnp.int32(7), arrays, opt_state, ema), meta)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert.weights
+import convert.written_network
 from convert.progress import identify
 from convert.weights import convert as convert_folder
 from convert.weights import main
@@ -140,7 +141,7 @@ def verify(official, out, *flags):
 def test_verify_reads_every_tensor_of_both(official, converted, capsys, reads, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        convert.weights,
+        convert.written_network,
         "open_array",
         lambda path, **_: opened.append(path.name) or open_array(path),
     )

@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import convert.weights
-from convert.progress import replace_folder
+import convert.written_network
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, weights
@@ -30,6 +30,7 @@ from wan22_jax.demo_checkpoint import (
 )
 from wan22_jax.errors import BadInput
 from wan22_jax.model.vae import WAN22_VAE
+from wan22_jax.outputs import replace_folder
 from wan22_jax.tensor_files import SafetensorsFiles
 from wan22_jax.weights import text_encoder_names, transformer_names, vae_names
 
@@ -197,7 +198,7 @@ def test_one_part_of_one_tensor_is_read_at_a_time(official, converted, monkeypat
         return block
 
     monkeypatch.setattr(SafetensorsFiles, "read", watch)
-    monkeypatch.setattr(convert.weights, "_CHUNK_BYTES", 2**11)
+    monkeypatch.setattr(convert.written_network, "_CHUNK_BYTES", 2**11)
     card = convert_folder(official, tmp_path / "out")
     embedding_bytes = TINY_TEXT_ENCODER.vocab_size * TINY_TEXT_ENCODER.dim * 2
     embedding_blocks = [size for name, size in blocks if name == "token_embedding.weight"]
@@ -282,7 +283,7 @@ def test_a_disk_that_fills_up_is_one_line(official, monkeypatch, capsys, tmp_pat
     def fail(*_, **__):
         raise ValueError(f"RESOURCE_EXHAUSTED: writing x: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr(convert.weights, "open_array", fail)
+    monkeypatch.setattr(convert.written_network, "open_array", fail)
     out = tmp_path / "out"
     assert main(["--ckpt_path", str(official), "--out", str(out)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]

@@ -240,6 +240,14 @@ def test_a_small_disk_is_refused_before_anything_comes(hub, monkeypatch, capsys,
     assert hub.sent("/resolve/") == []
 
 
+@pytest.mark.parametrize("address", ["http://[", "http://hub:65536", "hub", "ftp://hub", ""])
+def test_an_endpoint_must_be_an_address(address, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    error = refusal(capsys, tmp_path / "out")
+    assert f"HF_ENDPOINT: is {address!r}, an address like https://huggingface.co was" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layout_must_be_known(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--layout", "gguf", "--out", str(tmp_path)])

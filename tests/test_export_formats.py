@@ -196,6 +196,9 @@ def test_a_merged_lora_in_each_format(runs, tmp_path, capsys, monkeypatch):
     assert len(changed) == 20
     wanted = rounded(weights, "bfloat16")
     words = ("--checkpoint", runs.lora, "--merge", "--out")
+    for left in (".one.safetensors.partial", ".model.partial/vae/x", ".diffusers.partial/vae/x"):
+        (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / left).write_text("of an export that was killed")
     assert run(*words, tmp_path / "one.safetensors") == 0
     assert "the LoRA changes the velocity by" in capsys.readouterr().out
     assert_same(read(tmp_path / "one.safetensors"), wanted)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import convert.weights
+import convert.written_network
 from convert.weights import convert as convert_folder
 from convert.weights import main
 from wan22_jax import model_folder, sample
@@ -255,7 +255,7 @@ def test_a_card_of_another_dtype_is_named(float8):
 
 
 def test_a_failure_while_quantising_leaves_no_model(official, monkeypatch, tmp_path):
-    quantise_layer, calls = convert.weights.quantise_layer, []
+    quantise_layer, calls = convert.written_network.quantise_layer, []
 
     def fail(weight):
         calls.append(weight)
@@ -263,7 +263,7 @@ def test_a_failure_while_quantising_leaves_no_model(official, monkeypatch, tmp_p
             raise KeyboardInterrupt
         return quantise_layer(weight)
 
-    monkeypatch.setattr(convert.weights, "quantise_layer", fail)
+    monkeypatch.setattr(convert.written_network, "quantise_layer", fail)
     with pytest.raises(KeyboardInterrupt):
         convert_folder(official, tmp_path / "out", dtype="float8")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

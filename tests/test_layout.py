@@ -12,7 +12,7 @@ FILES = sorted([*(ROOT / "wan22_jax").rglob("*.py"), *(ROOT / "convert").rglob("
 # Lower may not import higher. A file that is not named here belongs to its folder's layer.
 LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
-    {"wan22_jax.toml_file"},
+    {"wan22_jax.toml_file", "wan22_jax.outputs"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"},
     {"wan22_jax.quantised"},
@@ -80,7 +80,7 @@ LAYERS = [
     {"wan22_jax.previews"},
     {"wan22_jax.train", "wan22_jax.demo"},
     {"convert", "convert.spiece", "convert.torch_file", "convert.sizes"} | {"convert.download"},
-    {"convert.checkpoints", "convert.progress"},
+    {"convert.checkpoints", "convert.progress", "convert.written_network"},
     {"convert.weights"},
     {"convert.whole_model"},
     {"convert.export", "convert.lora_algebra"},

@@ -107,6 +107,26 @@ def test_convert_refuses_what_it_cannot_write_or_read(files, tmp_path, capsys):
     assert load_adapter(out).matrices["blocks.ffn.0.lora_A"].dtype == np.float32
 
 
+def test_what_a_header_says_is_printed_as_one_short_line(files, tmp_path, capsys):
+    odd = "7\n\x1b[31mred\u2028\x85" + "x" * 10**5
+    header = {"step": odd, "base_digest": odd}
+    adapter = Adapter(files.adapter.matrices, files.adapter.alphas, header, "")
+    write_adapter(adapter, tmp_path / "odd.safetensors")
+    words = ("convert", "--lora", tmp_path / "odd.safetensors", "--out")
+    assert run(*words, tmp_path / "out.safetensors") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert r"alpha 6, step 7\n\x1b[31mred\u2028\x85, 0." in line
+    assert load_adapter(tmp_path / "out.safetensors").metadata["step"] == odd
+    refuses(
+        capsys,
+        r"base model 7 \\x1b\[31mred \S{1,64}, this",
+        *words,
+        tmp_path / "b.safetensors",
+        "--model",
+        files.model,
+    )
+
+
 def test_a_lora_in_eight_bits_is_refused(tmp_path, capsys):
     name = "diffusion_model.blocks.0.ffn.0.lora_A.weight"
     header = f'{{"{name}":{{"dtype":"F8_E4M3","shape":[1,1],"data_offsets":[0,1]}}}}'.encode()
@@ -261,6 +281,15 @@ def test_merge_refuses_what_does_not_go_together(files, tmp_path, capsys):
     words = ("merge", "--model", files.model, "--lora", tmp_path / "b.safetensors", "--out", out)
     refuses(capsys, "was trained on base model aaaa", *words)
     refuses(capsys, "a strength is a number", "merge", "--lora", f"{files.lora}:nan", "--out", out)
+    for strength in ("1e39", "-3e38"):
+        for model in ((), ("--model", files.model)):
+            words = ("merge", "--lora", f"{files.lora}:{strength}", *model, "--out", out)
+            wanted = (
+                r"lora\.safetensors: a strength of \S+ takes its numbers beyond float32; choose"
+            )
+            refuses(capsys, wanted, *words)
+    words = ("merge", "--lora", f"{files.lora}:1e37", "--model", files.model, "--out", out)
+    refuses(capsys, r"computes infinite or NaN numbers; .* or smaller strengths of LoRAs", *words)
     words = ("merge", "--lora", files.lora, "--format", "official", "--out", out)
     refuses(capsys, "--format official is that of a whole model; add --model", *words)
     assert not out.exists()

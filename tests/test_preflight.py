@@ -371,3 +371,9 @@ def test_a_second_dry_run_probes_nothing(sound, tmp_path, monkeypatch):
     monkeypatch.setattr("wan22_jax.data.survey.probe", None)
     monkeypatch.setattr("wan22_jax.data.survey.digest_file", None)
     assert Run(tmp_path / "second", sound).report == first.report
+
+
+def test_reports_that_cannot_be_written_are_refused(sound, tmp_path, capsys):
+    run = Run(tmp_path / "run", sound, arguments=["output_dir=/proc/x"])
+    assert (run.code, run.report) == (2, None)
+    assert "error: /proc/x: cannot be written (" in capsys.readouterr().err

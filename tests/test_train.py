@@ -362,6 +362,12 @@ def test_a_clip_mode_that_was_not_cached_is_refused(capsys):
 
 
 @pytest.mark.usefixtures("here")
+def test_an_output_dir_that_cannot_be_made_is_refused(capsys):
+    assert run("output_dir=/proc/x") == 2
+    assert "error: /proc/x: cannot be written (" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("here")
 def test_the_seed_changes_what_is_trained():
     trained = {}
     for name in ("seed=0", "seed=1"):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -245,7 +244,7 @@ def test_frames_of_another_size_and_none_at_all_are_errors(tmp_path, suffix):
 
 def test_frames_replace_those_of_an_earlier_clip(tmp_path):
     write(tmp_path / "a.png", make_frames(9))
-    killed = tmp_path / ".a.png.partial"
+    killed = tmp_path / ".a.partial"
     killed.mkdir()
     (killed / "0007.png").write_bytes(b"half")
     write(tmp_path / "a.png", make_frames(3), metadata=METADATA)
@@ -299,9 +298,9 @@ def test_a_file_in_the_frames_way_is_not_replaced(tmp_path):
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_paths_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+def test_paths_that_cannot_be_written_are_refused(tmp_path):
     check_video_path(tmp_path / "new" / "A.MP4")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     names = r"--video takes an \.mp4, \.gif, \.webp or \.png file; write e\.g\. --video out\.mp4"
     for name in ("clip.avi", "clip", ".gif"):
         with pytest.raises(BadInput, match=rf"/{name}: {names}"):
@@ -309,12 +308,8 @@ def test_paths_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=rf"/{name}: an \.mp4, .* file was expected"):
             write(tmp_path / name, make_frames(1))
     (tmp_path / "folder.gif").mkdir()
-    with pytest.raises(BadInput, match=r"folder\.gif: cannot be written; .* with --out"):
+    with pytest.raises(BadInput, match=r"folder\.gif: is a folder; .* with --out"):
         check_video_path(tmp_path / "folder.gif")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"file/a\.gif: cannot make its folder"):
+    with pytest.raises(BadInput, match=r"file/a\.gif: cannot be written"):
         check_video_path(tmp_path / "file" / "a.gif")
-    # Root may write anywhere, whatever the folder's mode is.
-    monkeypatch.setattr(os, "access", lambda folder, _: folder != tmp_path)
-    with pytest.raises(BadInput, match=r"a\.webp: cannot be written"):
-        check_video_path(tmp_path / "a.webp")

@@ -92,7 +92,7 @@ def load_adapter(
     trained_on = adapter.metadata.get("base_digest")
     if base_digest is not None and trained_on not in (None, base_digest):
         raise BadInput(
-            f"{path}: was trained on base model {trained_on}, this model is {base_digest}; "
+            f"{path}: was trained on base model {trained_on:.64}, this model is {base_digest}; "
             "use the model folder that it was trained with"
         )
     return adapter

@@ -22,7 +22,9 @@ from wan22_jax.errors import BadInput
 from wan22_jax.lora_names import Dialect
 from wan22_jax.model_folder import read_model_card
 from wan22_jax.model_tensors import FolderTensors, stacked_weight_shapes
+from wan22_jax.outputs import replacing
 from wan22_jax.proof import prove_adapter
+from wan22_jax.weights import cast_finite
 
 
 class Proven(NamedTuple):
@@ -60,8 +62,7 @@ def write_proven(
         check_fit(trained, stacked_weight_shapes(base))
     dtype = dtype or configured_dtype(trained)
     adapter = _cast(trained, dtype, source=trained.source)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with replacing(out) as partial:
         write_adapter(adapter, partial, dialect)
         exported = load_adapter(partial)
         _check_equal(exported, adapter, source=str(out))
@@ -71,9 +72,6 @@ def write_proven(
         else:
             config = read_model_card(model).transformer
             proof = prove_adapter(trained, exported, dtype=dtype, base=base, config=config)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return Proven(exported, proof)
 
 
@@ -92,15 +90,11 @@ def write_adapter(adapter: Adapter, path: Path, dialect: Dialect = "comfyui") ->
 
 
 def _cast(adapter: Adapter, dtype: str, *, source: str) -> Adapter:
-    matrices = {}
-    for name, matrix in adapter.matrices.items():
-        with np.errstate(over="ignore"):
-            matrices[name] = matrix.astype(jnp.dtype(dtype))
-        if not np.isfinite(matrices[name].astype(np.float32)).all():
-            why = f"values beyond {dtype}; add --dtype bfloat16"
-            if not np.isfinite(matrix.astype(np.float32)).all():
-                why = "infinite or NaN values; choose an earlier checkpoint with --step"
-            raise BadInput(f"{source}: {name} has {why}")
+    remedy = "choose an earlier checkpoint with --step"
+    matrices = {
+        name: cast_finite(matrix, jnp.dtype(dtype), what=f"{source}: {name}", remedy=remedy)
+        for name, matrix in adapter.matrices.items()
+    }
     return replace(adapter, matrices=matrices)
 
 

@@ -41,11 +41,7 @@ def join_loras(adapters: Sequence[tuple[Adapter, float]], *, source: str) -> Ada
         own = [(adapter, strength) for adapter, strength in adapters if target in adapter.alphas]
         name_a, name_b = f"blocks.{target}.lora_A", f"blocks.{target}.lora_B"
         parts_a = [adapter.matrices[name_a].astype(np.float32) for adapter, _ in own]
-        parts_b = [
-            np.float32(strength * adapter.scale(target))
-            * adapter.matrices[name_b].astype(np.float32)
-            for adapter, strength in own
-        ]
+        parts_b = [_scale(adapter, target, strength) for adapter, strength in own]
         for name, parts, axis in ((name_a, parts_a, 1), (name_b, parts_b, 2)):
             others = {part.shape[:axis] + part.shape[axis + 1 :] for part in parts}
             if len(others) > 1:
@@ -72,3 +68,16 @@ def describe(adapter: Adapter) -> Adapter:
     """Brings rank, alpha and targets of the header up to date."""
     metadata = {"format": "pt"} | adapter.metadata | describe_sizes(adapter)
     return replace(adapter, metadata=metadata)
+
+
+def _scale(adapter: Adapter, target: str, strength: float) -> np.ndarray:
+    """B times all that is between it and what it adds to the weights, float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = np.float32(strength * adapter.scale(target))
+        scaled = factor * adapter.matrices[f"blocks.{target}.lora_B"].astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise BadInput(
+            f"{adapter.source}: a strength of {strength:g} takes its numbers beyond float32; "
+            "choose one nearer to 1"
+        )
+    return scaled

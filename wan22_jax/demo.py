@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from wan22_jax.demo_checkpoint import write_checkpoint
 from wan22_jax.demo_clips import list_scenes, write_clips
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.outputs import check_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
 PROMPT = "A red circle moves right on a grey background."
@@ -110,6 +111,7 @@ def _prepare(out: Path) -> None:
         if not (out / _MARK).is_file():
             raise BadInput(f"{out}: is not empty and no earlier demo; choose another --out")
         shutil.rmtree(out)
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
     write_checkpoint(out / "checkpoint", captions=[scene.caption for scene in list_scenes()])

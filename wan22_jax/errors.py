@@ -65,4 +65,6 @@ _WRONG_PATH = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EBUSY,  # a mount point
 )

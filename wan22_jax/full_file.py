@@ -3,7 +3,7 @@
 A file holds the official names without a prefix, as Wan2.2 and diffusion-pipe write them, unless
 others are asked for. With the dtype "float8" it is what ComfyUI calls fp8_scaled: the linears of
 the blocks are float8_e4m3fn, each beside its ``scale_weight``, and a marker says so. A file is
-written beside its final name, tensor by tensor, read back and compared by SHA-256, then renamed.
+written tensor by tensor, read back and compared by SHA-256.
 """
 
 import json
@@ -22,7 +22,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import FLOAT8, quantise_layer, unquantised_dtype
 from wan22_jax.model_tensors import HeldTensors, Tensors
 from wan22_jax.tensor_files import DTYPES, SafetensorsFiles
-from wan22_jax.weights import stored_dtype
+from wan22_jax.weights import cast_finite, stored_dtype
 
 _SCALE, _MARKER = "scale_weight", "scaled_fp8"  # ComfyUI's
 
@@ -106,11 +106,11 @@ def write_full(
     metadata: Mapping[str, str],
     names: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes weights to a safetensors file, in place of any of that name.
+    """Writes weights to a safetensors file; one that is not right when read back is deleted.
 
     Args:
         tensors: by official name; one at a time is in memory.
-        out: the file; its folder is made if need be.
+        out: the file, not under its final name yet; its folder is made if need be.
         dtype: "bfloat16", "float16", "float32" or "float8"; what a model of any dtype keeps in
             float32 (see ``weights.keeps_float32``) is float32 here too. Beside float8 linears the
             rest is bfloat16.
@@ -126,11 +126,10 @@ def write_full(
     """
     names = {name: name for name in tensors.shapes} if names is None else names
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     try:
         digests = []
         try:
-            with partial.open("wb") as file:
+            with out.open("wb") as file:
                 file.write(_make_header(tensors, names, dtype, metadata))
                 for official in names:
                     for array in _encode(tensors, official, dtype):
@@ -141,10 +140,10 @@ def write_full(
                 os.fsync(file.fileno())
         except OSError as error:  # write and fsync do not say which file
             raise OSError(error.errno, error.strerror, str(out)) from error
-        _read_back(partial, out, tensors, names, dtype, digests)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+        _read_back(out, tensors, names, dtype, digests)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
     return out.stat().st_size
 
 
@@ -155,14 +154,13 @@ def count_bytes(tensors: Tensors, name: str, dtype: str) -> int:
 
 
 def _read_back(
-    partial: Path,
     out: Path,
     tensors: Tensors,
     names: Mapping[str, str],
     dtype: str,
     digests: Sequence[bytes],
 ) -> None:
-    written = SafetensorsFiles(partial)
+    written = SafetensorsFiles(out)
     entries = [
         entry
         for official, name in names.items()
@@ -219,12 +217,9 @@ def _is_linear(official: str, shape: tuple[int, ...]) -> bool:
 def _encode(tensors: Tensors, official: str, dtype: str) -> list[np.ndarray]:
     """The arrays that ``_plan`` describes."""
     trained = np.asarray(tensors.read(official))
-    if not np.isfinite(trained.astype(np.float32)).all():
-        raise BadInput(f"{official} has infinite or NaN values; choose an earlier checkpoint")
+    remedy = "choose an earlier checkpoint, or smaller strengths of LoRAs"
     if dtype == FLOAT8 and _is_linear(official, trained.shape):
+        trained = cast_finite(trained, None, what=official, remedy=remedy)
         return [np.asarray(part) for part in quantise_layer(trained)]
-    with np.errstate(over="ignore"):
-        array = trained.astype(stored_dtype(official, unquantised_dtype(dtype)))
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise BadInput(f"{official} has values beyond {dtype}; choose bfloat16")
-    return [array]
+    kept_as = stored_dtype(official, unquantised_dtype(dtype))
+    return [cast_finite(trained, kept_as, what=official, remedy=remedy)]

@@ -69,6 +69,7 @@ def prove_adapter(
         start, wanted, got = predict(
             config, [Variant(base), Variant(base, trained), Variant(base, written)]
         )
+        _check_finite(wanted, trained.source)
         change, how = _norm(wanted - start) / _norm(start), "forward pass"
         error = _norm(got - wanted) / (_norm(wanted - start) or _norm(start))
         effect = f"it changes the velocity by {change:.1e}"
@@ -114,6 +115,7 @@ def prove_model(
     if trained.adapter is not None:
         variants += [Variant(merged), Variant(trained.weights)]
     wanted, got, *others = predict(config, variants)
+    _check_finite(wanted, source)
     error = _norm(got - wanted) / _norm(wanted)
     checks = [(error, dtype)]
     line = f"forward pass: relative error {error:.1e}"
@@ -129,6 +131,14 @@ def prove_model(
                 "another --dtype or report this"
             )
     return line
+
+
+def _check_finite(wanted: np.ndarray, source: str) -> None:
+    if not np.isfinite(wanted).all():
+        raise BadInput(
+            f"{source}: what was trained computes infinite or NaN numbers; choose an earlier "
+            "checkpoint, or smaller strengths of LoRAs"
+        )
 
 
 def predict(config: TransformerConfig, variants: Sequence[Variant]) -> list[np.ndarray]:

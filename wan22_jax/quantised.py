@@ -83,7 +83,8 @@ class WeightFiles:
             return _decode(block, scale)
         rows_of_scale = scale[rows]  # [rows, parts]
         parts = _decode(block, np.float32(1)).reshape(*rows_of_scale.shape, -1)
-        return (parts * rows_of_scale[:, :, None]).reshape(block.shape)
+        with np.errstate(over="ignore"):
+            return (parts * rows_of_scale[:, :, None]).reshape(block.shape)
 
     def _strip_prefixes(self, network: str) -> dict[str, str]:
         """Returns stored names by names without prefix; parts of other networks are left out."""
@@ -138,7 +139,8 @@ class WeightFiles:
                 f"{self.where}: {stored} is {list(shape)}, which does not scale {list(of_weight)}; "
                 + _REMEDY
             )
-        scale = self._files.read(stored).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scale = self._files.read(stored).astype(np.float32)
         if not (np.isfinite(scale) & (scale > 0)).all():
             raise BadInput(
                 f"{self.where}: {stored} is not a positive finite number; download it again"
@@ -212,9 +214,11 @@ def _by_rows(scale: np.ndarray) -> np.ndarray:
 
 def _decode(block: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     """Multiplies float8 numbers by one scale, in float32, by looking up two of them at a time."""
-    numbers = np.arange(256, dtype=np.uint8).view(block.dtype).astype(np.float32) * scale
+    numbers = np.arange(256, dtype=np.uint8).view(block.dtype).astype(np.float32)
+    with np.errstate(over="ignore"):  # whoever takes the numbers looks at whether they are finite
+        numbers *= scale
     if block.size % 2:
-        return numbers[block.view(np.uint8)]
+        return numbers[block.reshape(-1).view(np.uint8)].reshape(block.shape)
     pairs = np.empty((256, 256, 2), np.float32)
     pairs[:, :, 0], pairs[:, :, 1] = numbers, numbers[:, None]  # the low byte comes first
     flat = block.reshape(-1).view(np.uint16)

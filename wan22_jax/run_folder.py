@@ -25,6 +25,7 @@ from wan22_jax.config import TrainConfig, dump_config, load_dataset
 from wan22_jax.data.loader import Loader
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import ModelCard
+from wan22_jax.outputs import check_folder
 from wan22_jax.resuming import (
     NOTHING,
     Reset,
@@ -115,7 +116,8 @@ def _check_same(folder: Path, saved: dict[str, Any], meta: dict[str, Any]) -> No
 
 
 def make_run_dir(output_dir: Path) -> Path:
-    """Makes a folder named after the time, in UTC."""
+    """Makes a folder named after the time, in UTC; BadInput if it cannot be made."""
+    check_folder(output_dir)
     while True:  # two runs that start in the same second take two names
         run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
         try:

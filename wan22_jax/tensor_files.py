@@ -194,6 +194,10 @@ def _refuse_twins(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
+def _is_shard(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name and not name.startswith(".")
+
+
 def _list_shards(where: Path, prefix: str) -> list[Path]:
     if not where.is_dir():
         return [where]
@@ -207,7 +211,12 @@ def _list_shards(where: Path, prefix: str) -> list[Path]:
             raise BadInput(f"{where}: no {prefix}*.safetensors here; download the model again")
         return shards
     try:
-        names = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        index = json.loads(indexes[0].read_text(), object_pairs_hook=_refuse_twins)
+        names = set(index["weight_map"].values())
+        if not names:
+            raise ValueError("it names no file")
+        if strange := [name for name in names if not _is_shard(name)]:
+            raise ValueError(f"{min(strange):.100} is no safetensors file of this folder")
         shards = sorted(where / name for name in names)
         lost = [shard.name for shard in shards if not shard.is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:

@@ -321,15 +321,11 @@ class OfficialTensors:
 
         Raises BadInput if a number is infinite or NaN, or becomes so in ``dtype``.
         """
-        block = self.files.read(self.stored_names[name], rows)
-        with np.errstate(over="ignore"):
-            cast = block if dtype is None else block.astype(dtype, copy=False)
-        if not _are_finite(cast):
-            why = "infinite or NaN values; download it again"
-            if _are_finite(block):
-                why = f"values beyond {cast.dtype}; choose float32"
-            raise BadInput(f"{self.files.where}: {self.stored_names[name]} has {why}")
-        return cast
+        stored = self.stored_names[name]
+        what = f"{self.files.where}: {stored}"
+        return cast_finite(
+            self.files.read(stored, rows), dtype, what=what, remedy="download it again"
+        )
 
 
 def name_tensors(files: TensorFiles, network: Network, table: NameTable) -> OfficialTensors:
@@ -456,6 +452,31 @@ def _read_stacked(
     for layer, official in enumerate(official_names(name, shape)):
         stacked[layer] = tensors.read(official, dtype=dtype)
     return stacked
+
+
+def cast_finite(
+    array: np.ndarray, dtype: DTypeLike | None, *, what: str, remedy: str
+) -> np.ndarray:
+    """Casts numbers, to their own dtype if it is None; none of them may be infinite or NaN.
+
+    Args:
+        array: any floating point numbers.
+        dtype: that they get.
+        what: names them, for messages.
+        remedy: what to do if the numbers themselves are wrong.
+
+    Raises:
+        BadInput: a number is infinite or NaN, or becomes so.
+    """
+    with np.errstate(over="ignore"):
+        cast = array if dtype is None else array.astype(dtype, copy=False)
+    if not _are_finite(cast):
+        if _are_finite(array):
+            wider = {"float16": "choose bfloat16", "bfloat16": "choose float32"}
+            remedy = wider.get(cast.dtype.name, remedy)
+            raise BadInput(f"{what} has values beyond {cast.dtype}; {remedy}")
+        raise BadInput(f"{what} has infinite or NaN values; {remedy}")
+    return cast
 
 
 def _are_finite(block: np.ndarray) -> bool:

@@ -25,6 +25,7 @@ from wan22_jax.data.batching import Batching, EpochLength, count_steps
 from wan22_jax.data.preflight_page import Page
 from wan22_jax.data.survey import Folder, Outcome, survey_folder
 from wan22_jax.geometry import FPS, Bucket
+from wan22_jax.outputs import check_folder
 
 JSON_NAME, PAGE_NAME = "preflight.json", "preflight.html"
 
@@ -59,6 +60,7 @@ def report_dataset(
     Raises:
         BadInput: as ``survey_folder``.
     """
+    check_folder(into)
     into.mkdir(parents=True, exist_ok=True)
     counts, notes, page = _Counts(), [], Page()
     with _write_whole(into / JSON_NAME) as file:

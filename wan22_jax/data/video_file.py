@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from wan22_jax.data.video import DAMAGED_IMAGE, open_video
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import FPS
+from wan22_jax.outputs import check_output, replacing
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
@@ -68,13 +68,8 @@ def write_video(
     if suffix == ".png":
         return _write_pictures(path, frames, text)
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}[suffix]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        num_frames = write(partial, frames, (width_px, height_px), fps, text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return num_frames
+    with replacing(path) as partial:
+        return write(partial, frames, (width_px, height_px), fps, text)
 
 
 def written_path(path: Path, *, num_frames: int) -> Path:
@@ -83,7 +78,7 @@ def written_path(path: Path, *, num_frames: int) -> Path:
 
 
 def check_video_path(path: Path, *, flag: str = "--out", num_frames: int | None = None) -> None:
-    """Refuses a path that a video cannot be written to; makes its folder.
+    """Refuses a path that a video cannot be written to.
 
     Args:
         path: as the user gave it.
@@ -95,12 +90,9 @@ def check_video_path(path: Path, *, flag: str = "--out", num_frames: int | None 
             be made or written, or a folder in the way of PNG frames.
     """
     _check_suffix(path, flag=flag)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot make its folder ({error}); choose another") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise BadInput(f"{path}: cannot be written; choose another file with {flag}")
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder; choose another file with {flag}")
+    check_output(path)
     if (folder := written_path(path, num_frames=num_frames or 2)) != path:
         _check_frames_folder(folder)
 
@@ -350,33 +342,15 @@ def _write_pictures(path: Path, frames: Iterator[np.ndarray], text: str | None) 
     if text is not None:
         info.add_itxt("parameters", text)
     num_frames = 0
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
+    with replacing(target) as partial:
+        if target == path:
+            Image.fromarray(first[0]).save(partial, format="PNG", pnginfo=info)
+            return 1
         partial.mkdir()
         for frame_YX3 in chain(first, frames):
             Image.fromarray(frame_YX3).save(partial / f"{num_frames:04}.png", pnginfo=info)
             num_frames += 1
-        if target == path:
-            (partial / "0000.png").replace(path)
-        else:
-            _replace_folder(target, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return num_frames
-
-
-def _replace_folder(folder: Path, new: Path) -> None:
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        new.rename(folder)
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _read_comment(path: Path) -> str:
