@@ -17,7 +17,9 @@ from jax.sharding import Sharding
 
 from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.config import TrainConfig
+from wan22_jax.errors import BadInput
 from wan22_jax.full_config import FullConfig
+from wan22_jax.model.remat import POLICIES
 from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.frozen import place_frozen
@@ -43,6 +45,28 @@ class Training(NamedTuple):
     optimizer: Optimizer
     state: TrainState
     frozen: Frozen
+
+
+def check_deterministic(config: TrainConfig) -> None:
+    """Raises BadInput if a GPU cannot compute the same bits each time in such a run.
+
+    XLA 0.11.2 compiles cuDNN's deterministic gradient of attention once for all calls of a shape,
+    and then fails to find it for the second: there may be one call, in a loop over the blocks.
+    """
+    on_host = POLICIES[config.activation_checkpointing].on_host > 0
+    for key, is_set in (
+        ("no [adapter] (full fine-tuning)", config.adapter is None),
+        (f"blocks_to_swap = {config.blocks_to_swap}", config.blocks_to_swap > 0),
+        (f"activation_checkpointing = '{config.activation_checkpointing}'", on_host),
+    ):
+        if _wants_loop(config) and is_set:
+            raise BadInput(
+                f"deterministic = true with {key}: a GPU cannot do both yet; leave out one of them"
+            )
+
+
+def _wants_loop(config: TrainConfig) -> bool:
+    return config.deterministic and jax.default_backend() == "gpu"
 
 
 def plan_memory(
@@ -143,6 +167,7 @@ def start_training(
         activation_checkpointing=config.activation_checkpointing,
         blocks_to_swap=config.blocks_to_swap,
         sharding=sharding,
+        in_loop=_wants_loop(config),
     )
     return Training(graphdef, optimizer, state, jax.block_until_ready(placed))
 

@@ -25,7 +25,7 @@ from wan22_jax.resuming import NOTHING, Reset, resume_state
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.saving import Saver, name_checkpoint
 from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled, make_mesh, replicated
-from wan22_jax.start import choose_optimizer, plan_memory, start_training
+from wan22_jax.start import check_deterministic, choose_optimizer, plan_memory, start_training
 from wan22_jax.stopping import listen
 from wan22_jax.training.cadence import Cadence
 from wan22_jax.training.memory import explain_exhaustion
@@ -100,6 +100,7 @@ def train(
     claim_gpu(  # before anything starts JAX's backend
         deterministic=config.deterministic, counts_host=config.adapter is None
     )
+    check_deterministic(config)
     keep_compiled()
     resume = config.resume_from_checkpoint if resume is None else resume
     model_folder = Path(config.model.ckpt_path)

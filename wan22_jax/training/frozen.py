@@ -23,6 +23,7 @@ def place_frozen(
     activation_checkpointing: bool | str,
     blocks_to_swap: int,
     sharding: Sharding,
+    in_loop: bool = False,
 ) -> Frozen:
     """Puts the frozen weights where and how the step reads them.
 
@@ -33,7 +34,11 @@ def place_frozen(
         blocks_to_swap: so many last blocks keep their matrices in pinned host memory, the rest of
             their weights is small; more than there are means all.
         sharding: of what stays on the device.
+        in_loop: leave the blocks' weights in stacks, of which a loop runs one block after the
+            other: smaller programs, somewhat slower; nothing may wait on the host.
     """
+    if in_loop:
+        return Frozen(jax.device_put(frozen, sharding))
     stacked, rest = nnx.split_state(frozen, lambda path, _: path[0] == "blocks", ...)
     by_name = named_arrays(cast(nnx.State, stacked["blocks"]))
     num_blocks = len(by_name["modulation"])
