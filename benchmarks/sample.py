@@ -30,10 +30,10 @@ from wan22_jax.demo_checkpoint import TINY_VAE
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.model.vae import WAN22_VAE, WanVAE
-from wan22_jax.sample import fetch_video
 from wan22_jax.sampling import sample_latents
 from wan22_jax.sharding import claim_gpu, device_memory, make_mesh, replicated
 from wan22_jax.velocity import choose_blocks_to_swap, place_velocity
+from wan22_jax.videos import fetch_video
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny_run import CONFIG, digest_state, keep_programs, prepare
 
-from wan22_jax import previews, sample, train
+from wan22_jax import previews, sample, train, videos
 from wan22_jax.config import load_config
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.geometry import Bucket
@@ -158,15 +158,15 @@ def test_a_stop_or_a_failure_leaves_the_run_as_it_was(whole, plain, monkeypatch,
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")
         return sample_latents(*args, **options)
 
-    sample_latents = previews.sample_latents
-    monkeypatch.setattr(previews, "sample_latents", stop)
+    sample_latents = videos.sample_latents
+    monkeypatch.setattr(videos, "sample_latents", stop)
     assert run() == 0
     said = capsys.readouterr().out
     assert "step 0: the previews end early, as the run is to stop" in said
     assert "stopped on request" in said
     assert digest_state(only_run())[0] == 1
     assert read_videos(only_run()) == {}
-    monkeypatch.setattr(previews, "sample_latents", fail)
+    monkeypatch.setattr(videos, "sample_latents", fail)
     assert run("--resume_from_checkpoint") == 0
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert warning == (
@@ -279,7 +279,7 @@ def test_nothing_is_loaded_for_previews_that_never_come(monkeypatch):
     def load(*_, **__):
         raise Loaded
 
-    monkeypatch.setattr(previews, "load_fitting_text_encoder", load)
+    monkeypatch.setattr(videos, "load_fitting_text_encoder", load)
     file = Path("sample.toml")
     for flags, first_step, is_new, comes in (
         (["sample.every_n_steps=3"], 0, True, True),  # before the first step

@@ -13,6 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from wan22_jax import sample as command
+from wan22_jax import videos
 from wan22_jax.adapter import Adapter
 from wan22_jax.data.picture import best_output_size, crop_to_cover, open_picture
 from wan22_jax.data.video_file import read_metadata
@@ -78,7 +79,7 @@ def test_picture_is_opened_upright_and_on_white(tmp_path):
 def test_bytes_are_cut_off_not_rounded():
     video = jnp.array([-3.0, -1, -0.5, 0, 0.5, 0.999, 1, 7]).reshape(1, 1, 1, 8, 1).repeat(3, -1)
     wanted = [0, 0, 63, 127, 191, 254, 255, 255]  # 63.75, 127.5, 191.25, 254.87
-    (found,) = command.fetch_video([video])
+    (found,) = videos.fetch_video([video])
     assert found[0, 0, :, 1].tolist() == wanted
 
 
@@ -178,15 +179,16 @@ def model(monkeypatch, tmp_path, transformer, vae):
         asked.latents = original(*arguments, **options)
         return asked.latents
 
-    original = command.sample_latents
+    original = videos.sample_latents
     monkeypatch.setattr(command, "read_model_card", read_model_card)
-    monkeypatch.setattr(command, "load_tokenizer", lambda _: "tokenizer")
-    monkeypatch.setattr(command, "load_fitting_text_encoder", load_fitting_text_encoder)
-    monkeypatch.setattr(command, "encode_text", encode_text)
+    monkeypatch.setattr(videos, "load_tokenizer", lambda _: "tokenizer")
+    monkeypatch.setattr(videos, "load_fitting_text_encoder", load_fitting_text_encoder)
+    monkeypatch.setattr(videos, "encode_text", encode_text)
+    monkeypatch.setattr(videos, "is_cut", lambda *_: False)
     monkeypatch.setattr(command, "load_transformer", load_transformer)
     monkeypatch.setattr(command, "load_vae", load_vae)
     monkeypatch.setattr(command, "load_adapter", load_adapter)
-    monkeypatch.setattr(command, "sample_latents", sample_latents)
+    monkeypatch.setattr(videos, "sample_latents", sample_latents)
     asked.flags = ["--model", str(tmp_path / "model"), "--prompt", "a red ball"]
     asked.flags += ["--out", str(tmp_path / "new" / "out.mp4"), "--steps", "2"]
     gc.disable()  # so that only what the command frees is free

@@ -11,7 +11,7 @@ from tiny_run import keep_programs
 
 from convert import export
 from convert.weights import convert
-from wan22_jax import sample
+from wan22_jax import sample, videos
 from wan22_jax.lora_names import DIALECTS
 
 PROMPT = "a cat"
@@ -43,9 +43,9 @@ def make_video(folder: Path, out: Path, *flags: object) -> tuple[np.ndarray, np.
 
     words = ["--model", folder / "model", "--prompt", PROMPT, "--width", 64, "--height", 32]
     words += ["--frames", 5, "--steps", 2, "--seed", 3, "--out", out, *flags]
-    original = sample.sample_latents
+    original = videos.sample_latents
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "sample_latents", record)
+        patch.setattr(videos, "sample_latents", record)
         patch.setattr(sys, "argv", ["wan22-sample", *map(str, words)])
         assert sample.main() == 0
     with av.open(str(out)) as container:

@@ -24,41 +24,37 @@ from wan22_jax.data.animation import encode_animation, shrink_frames
 from wan22_jax.data.video_file import write_video
 from wan22_jax.errors import BadInput, is_full_disk, one_line
 from wan22_jax.geometry import FPS, LATENT_CHANNELS, Bucket, check_bucket
-from wan22_jax.model_folder import load_fitting_text_encoder, load_vae, tokenizer_folder
+from wan22_jax.model_folder import load_vae
 from wan22_jax.preview_files import SAMPLES, make_step_folder
 from wan22_jax.prompts import Request, choose_frame, read_prompt, read_prompt_file
-from wan22_jax.sample import Video, describe_request, fetch_video
-from wan22_jax.sampling import Velocity, sample_latents
-from wan22_jax.sharding import device_memory
 from wan22_jax.stopping import Wishes
-from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer, pad_text
 from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.cadence import is_preview_ahead
 from wan22_jax.training.frozen import Frozen
 from wan22_jax.training.metrics import Progress
 from wan22_jax.training.step import TrainState
 from wan22_jax.velocity import make_velocity
+from wan22_jax.videos import (
+    Video,
+    denoise,
+    describe_request,
+    encode_frame,
+    encode_texts,
+    fetch_video,
+)
 
 log = logging.getLogger(__name__)
 Check = Callable[[], None]  # raises if the user wants the run to stop
-_TEXTS_AT_ONCE = 8
 _ANIMATION_PX = 256  # of TensorBoard's pictures
 _ANIMATION_EVERY = 3  # so manieth frame is in them
-
-
-class Encoded(NamedTuple):
-    """A video, and what the sampler takes of it; on the host."""
-
-    video: Video
-    text_BSE: np.ndarray
-    negative_BSE: np.ndarray | None  # None where there is no guidance
-    first_frame_B1YXC: np.ndarray | None
 
 
 class Prepared(NamedTuple):
     """All that previews need but the weights; on the host."""
 
-    previews: list[Encoded]
+    videos: Sequence[Video]
+    texts: dict[str, np.ndarray]  # see ``encode_texts``
+    first_frames: list[np.ndarray | None]  # of each video
     decoder: nnx.GraphDef
     decoder_state: nnx.State
     vae_dtype: str
@@ -132,20 +128,10 @@ def prepare_previews(
     ):
         return None
     folder = Path(config.model.ckpt_path)
-    texts = _encode_texts(videos, folder, dtype=config.model.dtype)
+    texts = encode_texts(videos, folder, dtype=config.model.dtype)
     gc.collect()  # the text encoder's arrays go before the VAE's come
     vae = load_vae(folder, dtype=sample.vae_dtype, host=True)
-    encoded = [
-        Encoded(
-            video,
-            texts[video.request.prompt],
-            None if video.negative is None else texts[video.negative],
-            None
-            if (frame := video.frame_BTYX3) is None
-            else np.asarray(next(vae.encode_chunks([frame]))),
-        )
-        for video in videos
-    ]
+    first_frames = [encode_frame(vae, video) for video in videos]
     del vae.encoder, vae.conv1
     decoder, state = nnx.split(vae)
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -153,9 +139,11 @@ def prepare_previews(
     log.info(
         "previews: %d prompts encoded; the largest, %s, needs beside the training state a forward "
         "pass of %s tokens, then a decoder of %.1f GB and its activations",
-        *(len(encoded), largest, f"{largest.num_tokens:,}", num_bytes / 1e9),
+        *(len(videos), largest, f"{largest.num_tokens:,}", num_bytes / 1e9),
     )
-    return Prepared(encoded, decoder, state, sample.vae_dtype, before_first_step)
+    return Prepared(
+        videos, texts, first_frames, decoder, state, sample.vae_dtype, before_first_step
+    )
 
 
 class Previewer:
@@ -220,11 +208,16 @@ class Previewer:
         weights = evaluation_weights(state) if state.ema is None else state.ema
         velocity = make_velocity(self._graphdef, weights, self._frozen, sharding=self._sharding)
         latents = {}
-        for number, one in enumerate(self._prepared.previews):
+        given = zip(self._prepared.videos, self._prepared.first_frames, strict=True)
+        for number, (video, first_frame) in enumerate(given):
             if self._is_first:
-                progress.add_text(_tag(one.video), one.video.request.prompt, step)
-            with _forgiving(progress, step, _name(one.video)):
-                latents[number] = _sample(velocity, one, on_step=check)
+                progress.add_text(_tag(video), video.request.prompt, step)
+            with _forgiving(progress, step, _name(video)):
+                latents[number] = denoise(
+                    *(velocity, video, self._prepared.texts, first_frame),
+                    channels=LATENT_CHANNELS,
+                    on_step=check,
+                )
         self._is_first = False
         return latents
 
@@ -241,7 +234,7 @@ class Previewer:
         state = jax.device_put(self._prepared.decoder_state, self._sharding)
         vae = nnx.merge(self._prepared.decoder, state)
         for number, latents_BTYXC in latents.items():
-            video = self._prepared.previews[number].video
+            video = self._prepared.videos[number]
             said = {"step": step, "vae_dtype": self._prepared.vae_dtype}
             with _forgiving(progress, step, _name(video)):
                 chunks = _check_between(fetch_video(vae.decode_chunks(latents_BTYXC)), check)
@@ -288,52 +281,12 @@ def _check(request: Request, number: int, *, source: str) -> Video:
     return Video(request, Path(f"{number:02}.mp4"), *choose_frame(request, source=source))
 
 
-def _encode_texts(videos: Sequence[Video], folder: Path, *, dtype: str) -> dict[str, np.ndarray]:
-    """Returns the padded embeddings [1, S, E] of all prompts, by their text."""
-    wanted = list(
-        dict.fromkeys(
-            text for video in videos for text in (video.request.prompt, video.negative) if text
-        )
-    )
-    encoder = load_fitting_text_encoder(folder, dtype=dtype, memory_bytes=device_memory())
-    tokenizer = load_tokenizer(tokenizer_folder(folder))
-    texts = {}
-    size = min(_TEXTS_AT_ONCE, len(wanted))
-    for start in range(0, len(wanted), size):
-        some = wanted[start : start + size]
-        filler = [""] * (size - len(some))  # each batch size compiles once
-        encoded = encode_text(encoder, tokenizer, some + filler)[: len(some)]
-        texts |= {text: pad_text([text_SE]) for text, text_SE in zip(some, encoded, strict=True)}
-    for text in wanted:
-        if is_cut(tokenizer, text):
-            log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
-    return texts
-
-
 def _name(video: Video) -> str:
     return f"preview {video.path.stem} ({video.request.prompt:.40}, {video.bucket})"
 
 
 def _tag(video: Video) -> str:
     return f"{SAMPLES}/{video.path.stem}"
-
-
-def _sample(velocity: Velocity, one: Encoded, *, on_step: Check) -> np.ndarray:
-    request = one.video.request
-    latents_BTYXC = sample_latents(
-        velocity,
-        one.text_BSE,
-        one.negative_BSE,
-        shape=(1, *one.video.bucket.latent_TYX, LATENT_CHANNELS),
-        solver=request.solver,
-        steps=request.steps,
-        shift=request.shift,
-        guidance=request.guidance,
-        key=jax.random.key(request.seed),
-        first_frame=one.first_frame_B1YXC,
-        on_step=on_step,
-    )
-    return np.asarray(latents_BTYXC)
 
 
 def _check_between(chunks: Iterable[np.ndarray], check: Check) -> Iterator[np.ndarray]:

@@ -9,12 +9,10 @@ import gc
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -22,20 +20,16 @@ from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
 from wan22_jax.adapter_join import join_loras, parse_lora
 from wan22_jax.data.video_file import check_video_path, write_video, written_path
 from wan22_jax.errors import BadInput, run_command
-from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import (
     FLOAT8,
     ModelCard,
     choose_transformer_dtype,
-    load_fitting_text_encoder,
     load_transformer,
     load_vae,
     read_model_card,
-    tokenizer_folder,
     unquantised_dtype,
 )
 from wan22_jax.prompts import Request, check_request, choose_frame, read_prompt, read_prompt_file
-from wan22_jax.sampling import NEGATIVE_PROMPT, sample_latents
 from wan22_jax.sharding import (
     claim_gpu,
     describe_peak_memory,
@@ -44,28 +38,20 @@ from wan22_jax.sharding import (
     make_mesh,
     replicated,
 )
-from wan22_jax.text import encode_text, load_tokenizer, pad_text
 from wan22_jax.velocity import choose_blocks_to_swap, place_velocity
+from wan22_jax.videos import (
+    Video,
+    denoise,
+    describe_request,
+    encode_frame,
+    encode_texts,
+    fetch_video,
+)
 
 Network = TypeVar("Network")
 
 DTYPES = ("bfloat16", FLOAT8, "float32")
 VAE_DTYPES = ("bfloat16", "float32")
-_PROMPTS = 8  # that the text encoder takes at a time
-
-
-class Video(NamedTuple):
-    """One video to make: what is asked for, where it goes, and what follows from it."""
-
-    request: Request
-    path: Path
-    bucket: Bucket
-    frame_BTYX3: np.ndarray | None  # the first frame in pixels, if it is given
-
-    @property
-    def negative(self) -> str | None:
-        """What to move away from, None without guidance."""
-        return None if self.request.guidance == 1 else self.request.negative or NEGATIVE_PROMPT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,8 +109,12 @@ def sample(args: argparse.Namespace) -> None:
     dtype = choose_transformer_dtype(args.model, card, dtype=args.dtype)
     adapter = _read_adapter(args.lora, base_digest=card.digests["transformer"])
 
-    texts = _encode_prompts(args, videos)
-    frames = _encode_frames(args, videos)
+    texts = encode_texts(videos, args.model, dtype=unquantised_dtype(args.dtype))
+    frames: list[np.ndarray | None] = [None] * len(videos)
+    if any(video.frame_BTYX3 is not None for video in videos):
+        vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
+        frames = [encode_frame(vae, video) for video in videos]
+        del vae
     latents = _denoise(args, card, videos, texts, frames, dtype=dtype, adapter=adapter)
     settings = {"model": card.digest, "dtype": dtype, "vae_dtype": args.vae_dtype}
     settings |= {"lora": args.lora} if args.lora else {}
@@ -167,27 +157,6 @@ def plan_videos(args: argparse.Namespace) -> list[Video]:
     return videos
 
 
-def fetch_video(chunks: Iterable[jax.Array]) -> Iterator[np.ndarray]:
-    """Yields the bytes [T, Y, X, 3] of decoded chunks of one clip, clamped to [-1, 1].
-
-    They are cut, not rounded, as the original does. The next chunk is under way when one is here.
-    """
-    ahead = None
-    for video_BTYX3 in chunks:
-        here, ahead = ahead, quantise_video(video_BTYX3)
-        if here is not None:
-            yield np.asarray(here[0])
-    if ahead is not None:
-        yield np.asarray(ahead[0])
-
-
-@jax.jit
-def quantise_video(video_BTYX3: jax.Array) -> jax.Array:
-    """Clamps decoded video to [-1, 1] and cuts it to bytes, without rounding, as the original."""
-    unit_BTYX3 = (jnp.clip(video_BTYX3, -1, 1) + 1) / 2
-    return (unit_BTYX3 * 255).astype(jnp.uint8)
-
-
 def _draw_seed(seed: int) -> int:
     return secrets.randbelow(2**31) if seed == -1 else seed
 
@@ -202,36 +171,6 @@ def _read_adapter(words: Sequence[str], *, base_digest: str) -> Adapter | None:
     if len(loras) == 1 and loras[0][1] == 1:
         return loras[0][0]
     return join_loras(loras, source=" and ".join(words))
-
-
-def _encode_prompts(args: argparse.Namespace, videos: Sequence[Video]) -> Mapping[str, np.ndarray]:
-    """Returns the padded embeddings [1, S, E] of all prompts, by their text."""
-    wanted = dict.fromkeys(
-        text for video in videos for text in (video.request.prompt, video.negative) if text
-    )
-    tokenizer = load_tokenizer(tokenizer_folder(args.model))
-    gc.collect()
-    encoder = load_fitting_text_encoder(
-        args.model, dtype=unquantised_dtype(args.dtype), memory_bytes=device_memory()
-    )
-    texts: dict[str, np.ndarray] = {}
-    for some in _in_parts(list(wanted), _PROMPTS):
-        encoded = encode_text(encoder, tokenizer, some)
-        texts |= {text: pad_text([text_SE]) for text, text_SE in zip(some, encoded, strict=True)}
-    return texts
-
-
-def _encode_frames(args: argparse.Namespace, videos: Sequence[Video]) -> list[np.ndarray | None]:
-    """Returns the latents [1, 1, Y, X, C] of each video's first frame, None where it has none."""
-    if all(video.frame_BTYX3 is None for video in videos):
-        return [None] * len(videos)
-    vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
-    return [
-        None
-        if (frame := video.frame_BTYX3) is None
-        else np.asarray(next(vae.encode_chunks([frame])))
-        for video in videos
-    ]
 
 
 def _denoise(
@@ -262,22 +201,14 @@ def _denoise(
     steps = sum(video.request.steps for video in videos)
     with tqdm(total=steps, desc="denoise", unit="step", dynamic_ncols=True) as bar:
         for video, first_frame in zip(videos, frames, strict=True):
-            request = video.request
-            tqdm.write(f"{video.path}: {video.bucket}, {request}", file=sys.stdout)
-            latents_BTYXC = sample_latents(
-                velocity,
-                texts[request.prompt],
-                None if video.negative is None else texts[video.negative],
-                shape=(1, *video.bucket.latent_TYX, card.vae.z_dim),
-                solver=request.solver,
-                steps=request.steps,
-                shift=request.shift,
-                guidance=request.guidance,
-                key=jax.random.key(request.seed),
-                first_frame=first_frame,
-                on_step=bar.update,
+            tqdm.write(f"{video.path}: {video.bucket}, {video.request}", file=sys.stdout)
+            latents.append(
+                denoise(
+                    *(velocity, video, texts, first_frame),
+                    channels=card.vae.z_dim,
+                    on_step=bar.update,
+                )
             )
-            latents.append(np.asarray(latents_BTYXC))
     return latents
 
 
@@ -302,14 +233,6 @@ def _decode(
         _say(f"{written}: {num_frames} frames of {bucket.width_px}x{bucket.height_px}")
 
 
-def describe_request(video: Video) -> dict[str, Any]:
-    """Says in JSON's types what a video was made from, for the file's metadata."""
-    said: dict[str, Any] = asdict(video.request)
-    said |= {"width": video.bucket.width_px, "height": video.bucket.height_px}
-    said |= {"negative": video.negative or ""}
-    return said | {"image": None if video.request.image is None else str(video.request.image)}
-
-
 def _show_progress(chunks: Iterable[np.ndarray], *, total: int) -> Iterator[np.ndarray]:
     with tqdm(total=total, desc="decode", unit="latent frame", dynamic_ncols=True) as bar:
         for chunk in chunks:
@@ -320,11 +243,6 @@ def _show_progress(chunks: Iterable[np.ndarray], *, total: int) -> Iterator[np.n
 def _load_alone(load: Callable[..., Network], model: Path, **options: object) -> Network:
     gc.collect()  # NNX modules are cyclic: the network before would keep its device memory
     return load(model, **options)
-
-
-def _in_parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _say(line: str) -> None:
