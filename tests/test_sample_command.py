@@ -365,6 +365,23 @@ def test_loras_add_up_with_their_strengths(model):
     assert np.abs(together - without).max() > 1e-3
 
 
+def test_a_lora_of_another_model_is_refused_before_a_network_is_loaded(model, monkeypatch):
+    def load_adapter(path, *, base_digest):
+        assert base_digest == "abc"
+        matrices = {
+            "blocks.ffn.0.lora_A": np.ones((2, 3, 9)),
+            "blocks.ffn.0.lora_B": np.ones((2, 32, 3)),
+        }
+        return Adapter(matrices, {"ffn.0": 6.0}, metadata={}, source=str(path))
+
+    monkeypatch.setattr(command, "load_adapter", load_adapter)
+    with pytest.raises(
+        BadInput, match=r"run: is not a LoRA of this model \(blocks.ffn.0.lora_A is"
+    ):
+        run(*model.flags, "--lora", "run")
+    assert model.dtypes == []
+
+
 def test_weights_that_wait_on_the_host_change_nothing(model):
     flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5", "--seed", "3"]
     latents = []

@@ -16,13 +16,14 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from wan22_jax.adapter import Adapter, attach_adapter, load_adapter
+from wan22_jax.adapter import Adapter, attach_adapter, check_fit, load_adapter
 from wan22_jax.adapter_join import join_loras, parse_lora
 from wan22_jax.data.video_file import check_video_path, write_video, written_path
 from wan22_jax.errors import BadInput, run_command
 from wan22_jax.model_folder import (
     FLOAT8,
     ModelCard,
+    abstract_transformer,
     choose_transformer_dtype,
     load_transformer,
     load_vae,
@@ -107,7 +108,7 @@ def sample(args: argparse.Namespace) -> None:
     videos = plan_videos(args)
     card = read_model_card(args.model)
     dtype = choose_transformer_dtype(args.model, card, dtype=args.dtype)
-    adapter = _read_adapter(args.lora, base_digest=card.digests["transformer"])
+    adapter = _read_adapter(args.lora, card)
 
     texts = encode_texts(videos, args.model, dtype=unquantised_dtype(args.dtype))
     frames: list[np.ndarray | None] = [None] * len(videos)
@@ -161,11 +162,16 @@ def _draw_seed(seed: int) -> int:
     return secrets.randbelow(2**31) if seed == -1 else seed
 
 
-def _read_adapter(words: Sequence[str], *, base_digest: str) -> Adapter | None:
+def _read_adapter(words: Sequence[str], card: ModelCard) -> Adapter | None:
+    """Reads the LoRAs, checks that they fit the model and adds them up."""
+    model = abstract_transformer(card.transformer, float8=False)
+    linears = {name.removeprefix("blocks."): layer for name, layer in model.lora_targets()}
     loras = []
     for word in words:
         path, strength = parse_lora(word)
-        loras.append((load_adapter(path, base_digest=base_digest), strength))
+        adapter = load_adapter(path, base_digest=card.digests["transformer"])
+        check_fit(adapter, {name: layer.weight.shape for name, layer in linears.items()})
+        loras.append((adapter, strength))
     if not loras:
         return None
     if len(loras) == 1 and loras[0][1] == 1:
