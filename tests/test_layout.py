@@ -62,7 +62,7 @@ LAYERS = [
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},
     {"wan22_jax.data.upkeep", "wan22_jax.data.preflight"},
-    {"wan22_jax.prompts", "wan22_jax.velocity"},
+    {"wan22_jax.prompts", "wan22_jax.velocity", "wan22_jax.model.vae_tiles"},
     {"wan22_jax.videos"},
     {"wan22_jax.sample_config"},
     {"wan22_jax.lora_names", "wan22_jax.config"},

@@ -282,6 +282,7 @@ def test_image_to_video_starts_with_the_picture(model, vae, tmp_path):
         (["--prompt", "a dog --x 3"], "--prompt: --x is no switch of a prompt"),
         (["--lora", "run:nan"], "--lora run:nan: a strength is a number"),
         (["--blocks_to_swap", "-1"], "--blocks_to_swap: 0 or more expected"),
+        (["--vae_tile", "100"], "--vae_tile: a multiple of 16 from 64 expected, got 100"),
         (["--steps", "0"], "--steps: 1 or more expected"),
         (["--shift", "0"], "--shift: a number over 0 expected"),
         (["--guidance", "nan"], "--guidance: a number expected"),
@@ -390,6 +391,16 @@ def test_weights_that_wait_on_the_host_change_nothing(model):
         latents.append(model.latents)
     np.testing.assert_array_equal(latents[0], latents[1])
     np.testing.assert_array_equal(latents[0], latents[2])
+
+
+def test_tiles_are_noted_and_blend(model, tmp_path):
+    flags = [*model.flags, "--width", "128", "--height", "64", "--frames", "5", "--seed", "3"]
+    run(*flags)
+    whole = read_frames(tmp_path / "new" / "out.mp4").astype(int)
+    run(*flags, "--vae_tile", "64")
+    tiled = read_frames(tmp_path / "new" / "out.mp4").astype(int)
+    assert read_metadata(tmp_path / "new" / "out.mp4")["vae_tile"] == 64
+    assert 0 < np.abs(tiled - whole).mean() < np.abs(whole - whole.mean()).mean()
 
 
 def test_no_more_blocks_wait_than_have_to():

@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from wan22_jax.adapter import Adapter, attach_adapter, check_fit, load_adapter
 from wan22_jax.adapter_join import join_loras, parse_lora
 from wan22_jax.data.video_file import check_video_path, write_video, written_path
 from wan22_jax.errors import BadInput, run_command
+from wan22_jax.model.vae_tiles import decode_tiles
 from wan22_jax.model_folder import (
     FLOAT8,
     ModelCard,
@@ -92,6 +94,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help=lora)
     add("--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text encoder")
     add("--vae_dtype", choices=VAE_DTYPES, default="bfloat16", help="float32 is the original's")
+    tile = "decode in tiles of so many pixels: approximate, for small cards"
+    add("--vae_tile", type=int, metavar="PX", help=tile)
     swap = "so many blocks stay in host memory; as many as have to if it is left out"
     add("--blocks_to_swap", type=int, help=swap)
     out = "mp4, gif, webp or png (a folder of frames); replaced if it exists"
@@ -119,6 +123,7 @@ def sample(args: argparse.Namespace) -> None:
     latents = _denoise(args, card, videos, texts, frames, dtype=dtype, adapter=adapter)
     settings = {"model": card.digest, "dtype": dtype, "vae_dtype": args.vae_dtype}
     settings |= {"lora": args.lora} if args.lora else {}
+    settings |= {} if args.vae_tile is None else {"vae_tile": args.vae_tile}
     _decode(args, videos, latents, settings)
     _say(describe_peak_memory())
 
@@ -138,6 +143,8 @@ def plan_videos(args: argparse.Namespace) -> list[Video]:
     check_request(shared, source="--")
     if args.blocks_to_swap is not None and args.blocks_to_swap < 0:
         raise BadInput(f"--blocks_to_swap: 0 or more expected, got {args.blocks_to_swap}")
+    if args.vae_tile is not None and (args.vae_tile < 64 or args.vae_tile % 16):
+        raise BadInput(f"--vae_tile: a multiple of 16 from 64 expected, got {args.vae_tile}")
     if args.prompts is not None:
         asked = read_prompt_file(args.prompts, shared)
     else:
@@ -227,7 +234,10 @@ def _decode(
     vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
     for video, latents_BTYXC in zip(videos, latents, strict=True):
         bucket = video.bucket
-        chunks = fetch_video(vae.decode_chunks(latents_BTYXC))
+        decode: Callable[[np.ndarray], Iterable] = vae.decode_chunks
+        if args.vae_tile is not None:
+            decode = partial(decode_tiles, decode, tile_px=args.vae_tile)
+        chunks = fetch_video(decode(latents_BTYXC))
         num_frames = write_video(
             video.path,
             _show_progress(chunks, total=len(latents_BTYXC[0])),
