@@ -55,7 +55,7 @@ def test_residual_norm(branch, gate, quantize):
     rows = 6 if gate or not branch else 1
     weight = 1 + draw(rows, WIDTH, seed=3, scale=0.2, dtype=jnp.float32)
     shift = draw(rows, WIDTH, seed=4, dtype=jnp.float32)
-    static = (1e-6, jnp.dtype(jnp.bfloat16), quantize)
+    static = (1e-6, jnp.dtype(jnp.bfloat16), quantize, True)
     options = {"eps": 1e-6, "dtype": jnp.bfloat16, "quantize": quantize, "interpret": INTERPRET}
     got = kernels.residual_norm(x, y, gates, weight, shift, **options)
     expected = fused.residual_norm_twin(static, x, y, gates, weight, shift)
@@ -66,6 +66,9 @@ def test_residual_norm(branch, gate, quantize):
     assert len(got) == (3 if quantize else 1)
     if quantize:
         assert_float8(got[1:], expected[2:], x)
+        alone = kernels.residual_norm(x, y, gates, weight, shift, **options, rows=False)
+        for one, other in zip(alone[branch:], got[1:], strict=True):
+            np.testing.assert_array_equal(one[:TOKENS], other[:TOKENS])
 
 
 @pytest.mark.parametrize(("branch", "gate"), [(False, False), (True, False), (True, True)])
@@ -125,6 +128,9 @@ def test_gelu(quantize):
     assert_close(got[0], expected[0])
     if quantize:
         assert_float8(got[1:], expected[1:], x)
+        alone = kernels.gelu_quantize(x, quantize=True, rows=False, interpret=INTERPRET)
+        for one, other in zip(alone, got[1:], strict=True):
+            np.testing.assert_array_equal(one[:TOKENS], other[:TOKENS])
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -29,7 +29,7 @@ LAYERS = [
     {"wan22_jax.model.umt5_streamed", "wan22_jax.clip_encoder"},
     {"wan22_jax.weights", "wan22_jax.text", "wan22_jax.sampling", "wan22_jax.data.picture"},
     {"wan22_jax.model_folder", "wan22_jax.data.video_file", "wan22_jax.data.video"}
-    | {"wan22_jax.data.captions", "wan22_jax.data.probed"},
+    | {"wan22_jax.data.captions", "wan22_jax.data.probed", "wan22_jax.training.frozen"},
     {
         "wan22_jax.data.thumbnail",
         "wan22_jax.data.animation",
@@ -41,7 +41,7 @@ LAYERS = [
     }
     | {"wan22_jax.training.memory", "wan22_jax.data.cuts", "wan22_jax.data.companions"}
     | {"wan22_jax.training.flops", "wan22_jax.training.events", "wan22_jax.training.status"}
-    | {"wan22_jax.training.full", "wan22_jax.training.rounding", "wan22_jax.training.frozen"}
+    | {"wan22_jax.training.full", "wan22_jax.training.rounding"}
     | {"wan22_jax.refused_keys"},
     {"wan22_jax.training.wandb_log", "wan22_jax.charts", "wan22_jax.report_samples"},
     {

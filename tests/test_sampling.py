@@ -234,7 +234,8 @@ def test_transformer_is_compiled_once(transformer, monkeypatch):
     draw_tiny(transformer, seed=9, steps=5)
     # One trace for each length of text, whatever the number of steps and calls.
     assert [shape for shape, _ in traces] == [(2, 3, 8), (2, 5, 8)]
-    assert all(options == {"float32_residual": True} for _, options in traces)
+    wanted = {"float32_residual": True, "differentiable": False}
+    assert all(options == wanted for _, options in traces)
 
     plain = jax.jit(lambda *inputs: forward(transformer, *inputs, float32_residual=True))
     assert relative_error(compiled, draw_tiny(plain)) < 1e-5

@@ -241,5 +241,5 @@ def _compile(model: Velocity) -> tuple[Velocity, Sharding | None]:
 def _run_module(graphdef: nnx.GraphDef, state: Any, *inputs: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, state)
     if isinstance(model, WanTransformer):
-        return model(*inputs, float32_residual=True)  # as the original samples
+        return model(*inputs, float32_residual=True, differentiable=False)  # as the original
     return model(*inputs)

@@ -11,7 +11,8 @@ from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8
 from wan22_jax.sampling import Velocity
 from wan22_jax.training.frozen import Frozen, place_frozen
-from wan22_jax.training.step import Trainable, merge_model, split_model
+from wan22_jax.training.full import Trainable, merge_model
+from wan22_jax.training.step import split_model
 
 _SPARE = 10**9  # bytes: text, latents, what the allocator cannot use
 _ON_THE_WAY = 2  # streamed blocks that are on the device at a time
@@ -95,4 +96,5 @@ def _predict(
         float32_residual=True,  # as the original samples
         activation_checkpointing=True,  # streamed blocks do not even make what nothing needs
         parts=parts,
+        differentiable=False,
     )

@@ -50,6 +50,10 @@ class BlockWeights(NamedTuple):
             None if self.dropout is None else self.dropout.at(10 * list(self.adapters).index(name)),
         )
 
+    def reads_rows(self, name: str) -> bool:
+        """Whether a linear, or several that are joined, reads its input in more than float8."""
+        return f"{name}.weight_scale" not in self.arrays or self.adapters[name][0] is not None
+
 
 def named_arrays(state: nnx.State) -> Arrays:
     """Returns the arrays of a state by their dotted paths."""

@@ -26,7 +26,7 @@ Rope = tuple[jax.Array, jax.Array]
 class Activation(NamedTuple):
     """The input of a linear: rows, and the same rows in float8 if its weight is."""
 
-    rows: jax.Array
+    rows: jax.Array  # [N, 0] where nobody reads them but in float8
     float8: jax.Array | None = None  # rows = float8 * scale; padded with rows to ignore
     scale: jax.Array | None = None  # one a row
 
@@ -41,6 +41,7 @@ def residual_norm(
     eps: float,
     dtype: DTypeLike,
     quantize: bool,
+    rows: bool = True,
 ) -> tuple[jax.Array, Activation]:
     """Adds a branch to the residual stream and normalises the sum for the next branch.
 
@@ -53,18 +54,19 @@ def residual_norm(
         eps: of the norm.
         dtype: of the returned activation.
         quantize: give the activation in float8 too.
+        rows: give it in ``dtype``; without them there is no gradient.
 
     Returns:
         The residual stream in its dtype, and layer_norm(it) * weight + shift.
     """
-    static = (eps, jnp.dtype(dtype), quantize)
+    static = (eps, jnp.dtype(dtype), quantize, rows)
     function: Any = _residual_norm if has_kernels(dtype, x_ND.shape[1]) else residual_norm_twin
     x_ND, *activation = function(static, x_ND, branch_ND, gate_MD, weight_MD, shift_MD)
     return x_ND, Activation(*activation)
 
 
 def residual_norm_twin(
-    static: tuple[float, DTypeLike, bool],
+    static: tuple[float, DTypeLike, bool, bool],
     x_ND: jax.Array,
     branch_ND: jax.Array | None,
     gate_MD: Table | None,
@@ -72,12 +74,13 @@ def residual_norm_twin(
     shift_MD: Table,
 ) -> tuple[jax.Array, ...]:
     """Plain JAX of ``residual_norm``; (x, y) or (x, y, float8, scale)."""
-    eps, dtype, quantize = static
+    eps, dtype, quantize, rows = static
     if branch_ND is not None:
         x_ND = add_gated(x_ND, branch_ND, gate_MD)
     y_ND = layer_norm(x_ND, eps=eps) * spread(weight_MD, x_ND) + spread(shift_MD, x_ND)
     y_ND = y_ND.astype(dtype)
-    return (x_ND, y_ND, *(quantize_rows_twin([y_ND], None, dtype=FORWARD) if quantize else ()))
+    quantized = quantize_rows_twin([y_ND], None, dtype=FORWARD) if quantize else ()
+    return x_ND, y_ND if rows else y_ND[:, :0], *quantized
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,22 +89,24 @@ def _residual_norm(static: tuple, *args: Any) -> tuple[jax.Array, ...]:
 
 
 def _residual_norm_forward(static: tuple, *args: Any) -> tuple:
-    eps, dtype, quantize = static
-    out = kernels.residual_norm(*args, eps=eps, dtype=dtype, quantize=quantize)
+    eps, dtype, quantize, rows = static
+    out = kernels.residual_norm(*args, eps=eps, dtype=dtype, quantize=quantize, rows=rows)
     out = out if args[1] is not None else (args[0], *out)
+    if not rows:
+        out = (out[0], jnp.zeros((len(out[0]), 0), dtype), *out[1:])
     return out, (out[0], args)
 
 
 def _residual_norm_backward(static: tuple, saved: tuple, grads: tuple) -> tuple:
     out_ND, args = saved
-    eps, _, _ = static
+    eps, *_ = static
     _, branch_ND, gate_MD, weight_MD, _ = args
     dtype = None if branch_ND is None else branch_ND.dtype
     dx = kernels.residual_norm_backward(
         out_ND, grads[1], grads[0], gate_MD, weight_MD, eps=eps, dtype=dtype
     )
     # Not computed in LoRA training, where nothing asks for them.
-    twin = partial(residual_norm_twin, (*static[:2], False), *args[:2])
+    twin = partial(residual_norm_twin, (*static[:2], False, True), *args[:2])
     _, pull = jax.vjp(twin, *args[2:])
     return (dx[0], dx[1] if branch_ND is not None else None, *pull(grads[:2]))
 
@@ -154,8 +159,17 @@ def _norm_rope_backward(eps: float, args: tuple, grad_ND: jax.Array) -> tuple:
 _norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
 
 
+def gelu(x_NF: jax.Array, *, quantize: bool, rows: bool = True) -> tuple[jax.Array, ...]:
+    """The tanh approximation of GELU, in x's dtype (``rows``, else [N, 0]) and in float8 too."""
+    if not has_kernels(x_NF.dtype, x_NF.shape[1]):
+        y_NF, *quantized = gelu_twin(x_NF, quantize=quantize)
+        return y_NF if rows else y_NF[:, :0], *quantized
+    out = kernels.gelu_quantize(x_NF, quantize=quantize, rows=rows)
+    return out if rows else (jnp.zeros((len(x_NF), 0), x_NF.dtype), *out)
+
+
 def gelu_twin(x_NF: jax.Array, *, quantize: bool) -> tuple[jax.Array, ...]:
-    """The tanh approximation of GELU, in x's dtype and, if asked for, in float8 too."""
+    """Plain JAX of ``gelu``."""
     x32_NF = x_NF.astype(jnp.float32)
     inner_NF = np.sqrt(2 / np.pi) * (x32_NF + 0.044715 * x32_NF * x32_NF * x32_NF)
     y_NF = (x32_NF * jax.nn.sigmoid(2 * inner_NF)).astype(x_NF.dtype)  # (1 + tanh) / 2, exactly

@@ -43,6 +43,7 @@ def residual_norm(
     eps: float,
     dtype: DTypeLike,
     quantize: bool,
+    rows: bool = True,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """See ``fused.residual_norm_twin``."""
@@ -56,7 +57,7 @@ def residual_norm(
         gate_ref = refs.pop(0) if has_gate else None
         weight_ref, shift_ref = refs.pop(0), refs.pop(0)
         x_out = refs.pop(0) if has_branch else None
-        y_out = refs.pop(0)
+        y_out = refs.pop(0) if rows else None
         parts = []
         for at in _spans(D):
             x = _load(x_ref, at)
@@ -70,14 +71,15 @@ def residual_norm(
         rstd = jax.lax.rsqrt(variance + eps)
         for index, at in enumerate(_spans(D)):
             y = (parts[index] - mean) * rstd * _load(weight_ref, at) + _load(shift_ref, at)
-            parts[index] = _store(y_out, at, y).astype(jnp.float32)
+            y = y.astype(dtype) if y_out is None else _store(y_out, at, y)
+            parts[index] = y.astype(jnp.float32)
         if quantize:
             _quantize_parts(parts, _spans(D), *refs)
 
     per_row = [array for array in (x_ND, branch_ND) if array is not None]
     tables = [table for table in (gate_MD, weight_MD, shift_MD) if table is not None]
     outs = [(x_ND.dtype, D)] if has_branch else []
-    outs += [(dtype, D)] + ([(FORWARD, D), (jnp.float32, 0)] if quantize else [])
+    outs += [(dtype, D)] * rows + ([(FORWARD, D), (jnp.float32, 0)] if quantize else [])
     return _call_by_row(kernel, N, per_row, tables, outs, name="residual_norm", interpret=interpret)
 
 
@@ -241,20 +243,22 @@ def quantize_rows(
 
 
 def gelu_quantize(
-    x_NF: jax.Array, *, quantize: bool, interpret: bool = False
+    x_NF: jax.Array, *, quantize: bool, rows: bool = True, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """See ``fused.gelu_twin``."""
     N, F = x_NF.shape
 
-    def kernel(x_ref: Any, y_ref: Any, *quantized: Any) -> None:
+    def kernel(x_ref: Any, *refs: Any) -> None:
+        y_ref, quantized = (refs[0], refs[1:]) if rows else (None, refs)
         parts = []
         for at in _spans(F):
             y, _ = _gelu(_load(x_ref, at))
-            parts.append(_store(y_ref, at, y).astype(jnp.float32))
+            y = y.astype(x_NF.dtype) if y_ref is None else _store(y_ref, at, y)
+            parts.append(y.astype(jnp.float32))
         if quantize:
             _quantize_parts(parts, _spans(F), *quantized)
 
-    outs = [(x_NF.dtype, F)] + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
+    outs = [(x_NF.dtype, F)] * rows + ([(FORWARD, F), (jnp.float32, 0)] if quantize else [])
     return _call_by_row(kernel, N, [x_NF], [], outs, name="gelu_quantize", interpret=interpret)
 
 

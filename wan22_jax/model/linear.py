@@ -19,6 +19,7 @@ from wan22_jax.model.fp8 import BACKWARD
 from wan22_jax.model.fused import (
     Activation,
     activate,
+    gelu,
     gelu_backward_twin,
     gelu_twin,
     has_kernels,
@@ -142,7 +143,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def linear_gelu_linear(
-    x: Activation, first: LinearWeights, second: LinearWeights, *, name: str
+    x: Activation, first: LinearWeights, second: LinearWeights, *, name: str, rows: bool = True
 ) -> jax.Array:
     """``linear`` on gelu(``linear`` on x), differentiated as one.
 
@@ -151,9 +152,11 @@ def linear_gelu_linear(
     the result on the way. Three gradients could not: JAX hands one array an output from each to
     the next, so that the first linear would read its gradient again to quantise it. With dropout,
     whose adapters read other rows than the weights, they are three.
+
+    Without ``rows`` the second linear gets its input in float8 alone, and there is no gradient.
     """
     if first.dropout is None and second.dropout is None:
-        return _linear_gelu_linear(name, x, first, second)
+        return _linear_gelu_linear((name, rows), x, first, second)
     (hidden_NF,) = linear(x, first)
     hidden_NF = checkpoint_name(hidden_NF, name)
     (rows_NF,) = gelu_twin(hidden_NF, quantize=False)
@@ -161,24 +164,25 @@ def linear_gelu_linear(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_gelu_linear(name: str, *args: Any) -> jax.Array:
-    return _linear_gelu_linear_forward(name, *args)[0]
+def _linear_gelu_linear(static: tuple[str, bool], *args: Any) -> jax.Array:
+    return _linear_gelu_linear_forward(static, *args)[0]
 
 
 def _linear_gelu_linear_forward(
-    name: str, x: Activation, first: LinearWeights, second: LinearWeights
+    static: tuple[str, bool], x: Activation, first: LinearWeights, second: LinearWeights
 ) -> tuple:
+    name, rows = static
     (hidden_NF,), saved = _linear_forward(1, x, first)
     hidden_NF = checkpoint_name(hidden_NF, name)
-    fused = has_kernels(hidden_NF.dtype, hidden_NF.shape[1])
-    gelu: Callable = kernels.gelu_quantize if fused else gelu_twin
-    rows = Activation(*gelu(hidden_NF, quantize=second.is_float8))
-    (out_NO,), (_, second, low_NR) = _linear_forward(1, rows, second)
+    activation = Activation(*gelu(hidden_NF, quantize=second.is_float8, rows=rows))
+    (out_NO,), (_, second, low_NR) = _linear_forward(1, activation, second)
     return out_NO, (saved, hidden_NF, second, low_NR)
 
 
-def _linear_gelu_linear_backward(name: str, saved: tuple, grad_NO: jax.Array) -> tuple:
-    del name
+def _linear_gelu_linear_backward(
+    static: tuple[str, bool], saved: tuple, grad_NO: jax.Array
+) -> tuple:
+    del static
     saved_first, hidden_NF, second, low_NR = saved
     _, first, _ = saved_first
     # Where low is computed again it reads the hidden rows, whose memory gelu_backward takes.

@@ -100,6 +100,7 @@ class WanTransformer(nnx.Module):
         activation_checkpointing: bool | str = False,
         parts: Sequence[list[Arrays] | Stack | Streamed] = (),
         dropout: Dropout | None = None,
+        differentiable: bool = True,
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -113,6 +114,7 @@ class WanTransformer(nnx.Module):
             parts: weights of the blocks to read instead of those of ``self.blocks``; see
                 ``training.step.place_frozen`` and ``training.full.merge_full``.
             dropout: of the adapters.
+            differentiable: False leaves out what only a gradient needs.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -144,7 +146,7 @@ class WanTransformer(nnx.Module):
                 dropout = dropout.at(jax.lax.stop_gradient(number).astype(jnp.int32))
             arrays = join_linears(round_masters(arrays, dtype))
             weights = BlockWeights(arrays, adapters, dropout)
-            return run_block(x, weights, *inputs, config=config)
+            return run_block(x, weights, *inputs, config=config, differentiable=differentiable)
 
         x_BLD = run_blocks(
             run,
@@ -230,6 +232,7 @@ def run_block(
     rope: Rope,
     *,
     config: TransformerConfig,
+    differentiable: bool = True,
 ) -> jax.Array:
     """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level.
 
@@ -250,14 +253,19 @@ def run_block(
         dtype=text.rows.dtype,
         quantize=weights.linear("ffn.0").is_float8,
     )
-    x_ND, y = norm(x_BLD.reshape(-1, D), None, None, weight1, shift1)
+
+    def rows(name: str) -> bool:
+        return differentiable or weights.reads_rows(name)
+
+    x = x_BLD.reshape(-1, D)
+    x_ND, y = norm(x, None, None, weight1, shift1, rows=rows("self_attn.qkv"))
     y_ND = attend_to_itself(y, weights, rope, config=config, batch=B)
     weight3, bias3 = arrays["norm3.weight"][None], arrays["norm3.bias"][None]
-    x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3)
+    x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3, rows=rows("cross_attn.q"))
     y_ND = attend_to_text(y, weights, text, config=config, batch=B)
-    x_ND, y = norm(x_ND, y_ND, None, weight2, shift2)
+    x_ND, y = norm(x_ND, y_ND, None, weight2, shift2, rows=rows("ffn.0"))
     up, down = weights.linear("ffn.0"), weights.linear("ffn.2")
-    y_ND = linear_gelu_linear(y, up, down, name="ffn_in")
+    y_ND = linear_gelu_linear(y, up, down, name="ffn_in", rows=rows("ffn.2"))
     return add_gated(x_ND, y_ND, gate2).reshape(B, L, D)
 
 

@@ -10,6 +10,7 @@ they are read, a block at a time, and a gradient is summed in float32 and rounde
 PyTorch's automatic mixed precision does.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,10 +21,13 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from wan22_jax.model.block_weights import Arrays
+from wan22_jax.model.remat import Streamed
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.training.frozen import Frozen
 from wan22_jax.weights import is_stacked, official_names, parameter_shapes, stored_dtype
 
 Weights = dict[str, jax.Array]  # by official name
+Trainable = nnx.State | Weights  # an adapter, or all weights of the model
 _REST = "rest"  # the group of what is in no block
 
 
@@ -75,6 +79,16 @@ def place_full(weights: dict[str, Any], sharding: Sharding, *, dtype: DTypeLike)
         name: jax.device_put(_own(array), sharding).astype(stored_dtype(name, dtype))
         for name, array in weights.items()
     }
+
+
+def merge_model(
+    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen
+) -> tuple[WanTransformer, Sequence[list[Arrays] | Streamed]]:
+    """Makes a model again, whatever of it trains, and the parts that its blocks are called with."""
+    if isinstance(trainable, nnx.State):
+        return nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
+    model, rows = merge_full(graphdef, trainable, frozen.rest)
+    return model, (rows,)
 
 
 def merge_full(

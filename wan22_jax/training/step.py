@@ -4,7 +4,7 @@ Every draw is a function of (seed, step, position in the global batch), see ``dr
 resumed run repeats nothing and stores no random state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,18 +17,14 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from wan22_jax.batch import Batch
-from wan22_jax.model.block_weights import Arrays
 from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import Dropout, LoRAParam
-from wan22_jax.model.remat import Streamed
 from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
 from wan22_jax.training.frozen import Frozen
-from wan22_jax.training.full import Weights, merge_full, narrow_gradients
+from wan22_jax.training.full import Trainable, merge_model, narrow_gradients
 from wan22_jax.training.optimizer_options import optimizer_metrics
-
-Trainable = nnx.State | Weights  # an adapter, or all weights of the model
 
 
 class TrainState(NamedTuple):
@@ -61,16 +57,6 @@ def split_model(model: WanTransformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     """Returns the structure, the trainable adapter and the frozen rest."""
     graphdef, trainable, frozen = nnx.split(model, LoRAParam, ...)
     return graphdef, trainable, frozen
-
-
-def merge_model(
-    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen
-) -> tuple[WanTransformer, Sequence[list[Arrays] | Streamed]]:
-    """Makes the model again, without its blocks, and the parts that those are called with."""
-    if isinstance(trainable, nnx.State):
-        return nnx.merge(graphdef, trainable, frozen.rest), frozen.parts
-    model, rows = merge_full(graphdef, trainable, frozen.rest)
-    return model, (rows,)
 
 
 def split_seed(seed: int) -> tuple[Array, Array]:
