@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from wan22_jax.model import fp8, fused, linear
+from wan22_jax.model import fp8, fused, linear, transformer
 from wan22_jax.model.fp8 import BACKWARD, FORWARD, power_of_two_scale, quantize_weight
 from wan22_jax.model.linear import LinearWeights
 from wan22_jax.model.lora import LowRank, round_low_rank
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 
 U, SUM = 2.0**-8, 2.0**-16
 SECOND_ORDER = 1.02  # errors of errors, all under 2 % of the error
@@ -440,3 +442,39 @@ def test_a_device_without_float8_matmuls_is_named_once(caplog):
         f"float8: {jax.local_devices()[0].device_kind} has no float8 matmuls, "
         "bfloat16 ones are used"
     )
+
+
+@pytest.mark.parametrize("adapted", [(), ("blocks.ffn.0",), ("blocks.ffn.2", "blocks.self_attn.q")])
+def test_sampling_leaves_out_rows_that_only_a_gradient_reads(adapted, monkeypatch):
+    config = TransformerConfig(
+        dim=16, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4, freq_dim=8
+    )
+    model = WanTransformer(config, rngs=nnx.Rngs(0))
+    model.to_float8()
+    for name, layer in model.lora_targets():
+        if name in adapted:
+            layer.add_lora(jax.random.key(1), rank=2, alpha=2.0)
+            layer.lora_B[...] = jax.random.normal(jax.random.key(2), layer.lora_B.shape)
+    kept = []
+
+    def watch(name, module):
+        real = getattr(module, name)
+
+        def watched(*args, **options):
+            kept.append(options["rows"])
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch("residual_norm", transformer)
+    watch("gelu", linear)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(1, 2, 4, 4, 48)), np.full((1, 2), 0.5), rng.normal(size=(1, 4, 8))
+    inputs = [np.asarray(each, np.float32) for each in inputs]
+    wanted = model(*inputs)
+    assert all(kept)
+    kept.clear()
+    np.testing.assert_array_equal(model(*inputs, differentiable=False), wanted)
+    # What reads them: q, k and v; the text's queries; the first linear; the second one.
+    readers = ("blocks.self_attn.q", "blocks.cross_attn.q", "blocks.ffn.0", "blocks.ffn.2")
+    assert kept == [name in adapted for name in readers]  # of one block, which a loop runs

@@ -81,7 +81,9 @@ def test_residual_norm_backward(branch, gate):
     dx, dy = draw(TOKENS, WIDTH, seed=5), draw(TOKENS, WIDTH, seed=6)
 
     def twin(x, y):
-        return fused.residual_norm_twin((1e-6, jnp.float32, False), x, y, gates, weight, shift)
+        return fused.residual_norm_twin(
+            (1e-6, jnp.float32, False, True), x, y, gates, weight, shift
+        )
 
     (total, _), pull = jax.vjp(twin, x, y)
     expected = [g for g in pull((dx.astype(jnp.float32), dy.astype(jnp.float32))) if g is not None]

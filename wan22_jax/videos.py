@@ -108,7 +108,7 @@ def denoise(
     return np.asarray(latents_BTYXC)
 
 
-def fetch_video(chunks: Iterable[jax.Array]) -> Iterator[np.ndarray]:
+def fetch_video(chunks: Iterable[jax.Array | np.ndarray]) -> Iterator[np.ndarray]:
     """Yields the bytes [T, Y, X, 3] of decoded chunks of one clip, clamped to [-1, 1].
 
     They are cut, not rounded, as the original does. The next chunk is under way when one is here.
@@ -131,6 +131,6 @@ def describe_request(video: Video) -> dict[str, Any]:
 
 
 @jax.jit
-def _quantise(video_BTYX3: jax.Array) -> jax.Array:
+def _quantise(video_BTYX3: jax.Array | np.ndarray) -> jax.Array:
     unit_BTYX3 = (jnp.clip(video_BTYX3, -1, 1) + 1) / 2
     return (unit_BTYX3 * 255).astype(jnp.uint8)
