@@ -20,6 +20,7 @@ def run(*settings):
     return train.main(["--config", "lora.toml", "deterministic=true", *settings])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_blocks_run_in_a_loop_and_train_the_same(tmp_path, monkeypatch):
     asked = []

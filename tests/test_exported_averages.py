@@ -88,6 +88,7 @@ def test_a_lora_in_each_dialect(dialect, runs, tmp_path):
     assert_average(load_adapter(out), runs)
 
 
+@pytest.mark.long
 def test_a_lora_that_is_merged_while_it_is_exported(runs, tmp_path):
     merged = MergedTensors(FolderTensors(runs.model), [(runs.average, 1.0)])
     wanted = {name: merged.read(name) for name in merged.shapes}
@@ -121,6 +122,7 @@ def test_all_weights_as_one_file(runs, tmp_path):
         assert error <= 0.04 * np.linalg.norm(wanted), name
 
 
+@pytest.mark.long
 def test_all_weights_as_a_folder(runs, tmp_path):
     words = ("--checkpoint", runs.full, "--ema", "--model", runs.model, "--format")
     run(export, *words, "diffusers", "--out", tmp_path / "diffusers")
