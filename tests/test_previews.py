@@ -202,6 +202,7 @@ def test_whatever_fails_is_one_line(error, expected):
         raise KeyboardInterrupt
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_averages_are_sampled_and_blocks_may_wait_in_host_memory(whole):
     assert run("ema_decay=0.99", "blocks_to_swap=1", "max_steps=1") == 0
@@ -211,6 +212,7 @@ def test_averages_are_sampled_and_blocks_may_wait_in_host_memory(whole):
         assert (video == others[name]) == ("step00000000" in name)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_full_fine_tuning_has_previews_too(monkeypatch):
     steps = watch(monkeypatch)

@@ -54,6 +54,7 @@ def make_video(folder: Path, out: Path, *flags: object) -> tuple[np.ndarray, np.
     return np.asarray(found), np.stack(frames)
 
 
+@pytest.mark.long
 def test_a_lora_is_the_same_from_everywhere(folder, tmp_path):
     plain, _ = make_video(folder, tmp_path / "plain.mp4")
     checkpoint = folder / "lora_run" / "checkpoints" / "7"
