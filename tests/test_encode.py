@@ -15,7 +15,7 @@ from make_clips import write_image, write_video
 from PIL import Image
 
 from convert.weights import main as convert
-from wan22_jax import clip_encoder, encode
+from wan22_jax import clip_encoder, encode, text
 from wan22_jax.data.batching import make_batching
 from wan22_jax.data.cache import make_text_key, name_encoders
 from wan22_jax.data.cache_writer import open_writer
@@ -106,7 +106,7 @@ def counted(monkeypatch):
         count.clips += 1
         return start_encoding(vae, pixels_TYX3)
 
-    monkeypatch.setattr(encode, "encode_text", encode_text_)
+    monkeypatch.setattr(text, "encode_text", encode_text_)
     monkeypatch.setattr(clip_encoder, "start_encoding", start_encoding_)
     return count
 

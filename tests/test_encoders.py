@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import test_encode
 
-from wan22_jax import encode
+from wan22_jax import encode, text
 from wan22_jax.data.cache import name_encoders
 from wan22_jax.dataset import open_caches
 from wan22_jax.model.umt5 import UMT5, UMT5_XXL
@@ -51,7 +51,7 @@ def test_a_text_encoder_that_does_not_fit_is_streamed_to_the_same_bits(place, mo
         used.append(type(encoder))
         return encode_text(encoder, *args)
 
-    monkeypatch.setattr(encode, "encode_text", spy)
+    monkeypatch.setattr(text, "encode_text", spy)
     texts = []
     for memory_bytes in (4 * 10**9, 10**9):  # a CPU has no limit of its own
         monkeypatch.setattr(encode, "device_memory", lambda limit=memory_bytes: limit)

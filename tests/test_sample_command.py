@@ -135,7 +135,8 @@ def model(monkeypatch, tmp_path, transformer, vae):
             digest="def",
         )
 
-    def encode_text(encoder, _tokenizer, prompts):
+    def encode_each(encoder, _tokenizer, prompts, *, at_once):
+        assert at_once == min(8, len(prompts))
         assert encoder == "encoder"
         asked.prompts.extend(prompts)
         return [
@@ -183,7 +184,7 @@ def model(monkeypatch, tmp_path, transformer, vae):
     monkeypatch.setattr(command, "read_model_card", read_model_card)
     monkeypatch.setattr(videos, "load_tokenizer", lambda _: "tokenizer")
     monkeypatch.setattr(videos, "load_fitting_text_encoder", load_fitting_text_encoder)
-    monkeypatch.setattr(videos, "encode_text", encode_text)
+    monkeypatch.setattr(videos, "encode_each", encode_each)
     monkeypatch.setattr(videos, "is_cut", lambda *_: False)
     monkeypatch.setattr(command, "load_transformer", load_transformer)
     monkeypatch.setattr(command, "load_vae", load_vae)

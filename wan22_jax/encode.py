@@ -49,7 +49,7 @@ from wan22_jax.model_folder import (
     tokenizer_folder,
 )
 from wan22_jax.sharding import claim_gpu, describe_peak_memory, device_memory, keep_compiled
-from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer
+from wan22_jax.text import TEXT_LEN, encode_each, is_cut, load_tokenizer
 
 CAPTIONS_AT_ONCE = 8
 MAX_PROCESSES = 10_000  # their numbers have four digits in file names
@@ -318,15 +318,11 @@ def _encode_captions(jobs: Sequence[Work], model: Path, more_captions: Sequence[
                 f"a caption is cut at {TEXT_LEN} tokens, all that the model takes: {caption:.60}..."
             )
     with tqdm(desc="captions", total=len(todo), unit="caption") as bar:
-        for start in range(0, len(todo), CAPTIONS_AT_ONCE):
-            some = todo[start : start + CAPTIONS_AT_ONCE]
-            prompts = [caption for caption, _ in some]
-            filler = [""] * (CAPTIONS_AT_ONCE - len(some))  # each batch size compiles once
-            for (caption, cache), text_SE in zip(
-                some, encode_text(encoder, tokenizer, prompts + filler), strict=False
-            ):
-                cache.add(make_text_key(caption), text_SE, note=caption)
-            bar.update(len(some))
+        captions = [caption for caption, _ in todo]
+        embeddings = encode_each(encoder, tokenizer, captions, at_once=CAPTIONS_AT_ONCE)
+        for (caption, cache), text_SE in zip(todo, embeddings, strict=True):
+            cache.add(make_text_key(caption), text_SE, note=caption)
+            bar.update()
 
 
 def _encode_clips(jobs: Sequence[Work], model: Path, vae_dtype: str) -> None:

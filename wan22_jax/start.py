@@ -53,13 +53,15 @@ def check_deterministic(config: TrainConfig) -> None:
     XLA 0.11.2 compiles cuDNN's deterministic gradient of attention once for all calls of a shape,
     and then fails to find it for the second: there may be one call, in a loop over the blocks.
     """
+    if not _wants_loop(config):
+        return
     on_host = POLICIES[config.activation_checkpointing].on_host > 0
     for key, is_set in (
         ("no [adapter] (full fine-tuning)", config.adapter is None),
         (f"blocks_to_swap = {config.blocks_to_swap}", config.blocks_to_swap > 0),
         (f"activation_checkpointing = '{config.activation_checkpointing}'", on_host),
     ):
-        if _wants_loop(config) and is_set:
+        if is_set:
             raise BadInput(
                 f"deterministic = true with {key}: a GPU cannot do both yet; leave out one of them"
             )

@@ -9,7 +9,7 @@ rebuild it from the vocabulary and lose umT5's byte fallback for rare characters
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ftfy
@@ -101,6 +101,19 @@ def encode_text(
         )
     text_BSE = run_encoder(encoder, tokens_BS, mask_BS)
     return [text_SE[mask_S] for text_SE, mask_S in zip(text_BSE, mask_BS, strict=True)]
+
+
+def encode_each(
+    encoder: UMT5 | StreamedUMT5, tokenizer: Tokenizer, texts: Sequence[str], *, at_once: int
+) -> Iterator[np.ndarray]:
+    """Yields the embedding of each text, as ``encode_text``, so many in a batch.
+
+    The last batch is filled up with empty texts: each batch size compiles once.
+    """
+    for start in range(0, len(texts), at_once):
+        some = [*texts[start : start + at_once]]
+        filler = [""] * (at_once - len(some))
+        yield from encode_text(encoder, tokenizer, some + filler)[: len(some)]
 
 
 def run_encoder(

@@ -20,7 +20,7 @@ from wan22_jax.model_folder import load_fitting_text_encoder, tokenizer_folder
 from wan22_jax.prompts import Request
 from wan22_jax.sampling import NEGATIVE_PROMPT, Velocity, sample_latents
 from wan22_jax.sharding import device_memory
-from wan22_jax.text import TEXT_LEN, encode_text, is_cut, load_tokenizer, pad_text
+from wan22_jax.text import TEXT_LEN, encode_each, is_cut, load_tokenizer, pad_text
 
 log = logging.getLogger(__name__)
 _TEXTS_AT_ONCE = 8
@@ -52,17 +52,12 @@ def encode_texts(videos: Sequence[Video], folder: Path, *, dtype: str) -> dict[s
     wanted = list(dict.fromkeys(texts))
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     encoder = load_fitting_text_encoder(folder, dtype=dtype, memory_bytes=device_memory())
-    embeddings = {}
-    size = min(_TEXTS_AT_ONCE, len(wanted))
-    for start in range(0, len(wanted), size):
-        some = wanted[start : start + size]
-        filler = [""] * (size - len(some))  # each batch size compiles once
-        encoded = encode_text(encoder, tokenizer, some + filler)
-        for text, text_SE in zip(some, encoded, strict=False):
-            embeddings[text] = pad_text([text_SE])
-            if is_cut(tokenizer, text):
-                log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
-    return embeddings
+    for text in wanted:
+        if is_cut(tokenizer, text):
+            log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
+    at_once = min(_TEXTS_AT_ONCE, len(wanted))
+    embeddings = encode_each(encoder, tokenizer, wanted, at_once=at_once)
+    return {text: pad_text([text_SE]) for text, text_SE in zip(wanted, embeddings, strict=True)}
 
 
 def encode_frame(vae: WanVAE, video: Video) -> np.ndarray | None:
