@@ -8,6 +8,7 @@ the repository's root on PYTHONPATH.
     python benchmarks/sample.py step --memory_gb 12            # blocks in host memory as needed
     python benchmarks/sample.py step --trace profile           # and where the time goes
     python benchmarks/sample.py decode                         # seconds a clip, peak GB
+    python benchmarks/sample.py clip --dtype float8            # 50 steps and decoding together
     python benchmarks/sample.py step --tiny --bucket 64x64x5   # does it run, on a CPU
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ def main() -> None:
     limit_memory(None if args.tiny else args.memory_gb)
     claim_gpu()
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
-    timed = time_steps(args, bucket) if args.part == "step" else time_decoding(args, bucket)
+    parts = {"step": time_steps, "decode": time_decoding, "clip": time_clip}
+    timed = parts[args.part](args, bucket)
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     result = {
@@ -62,11 +65,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("step", "decode"))
+    parser.add_argument("part", choices=("step", "decode", "clip"))
     parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
     parser.add_argument("--dtype", choices=("bfloat16", "float8", "float32"), default="bfloat16")
     parser.add_argument("--guidance", type=float, default=5.0, help="1: one model call a step")
     parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
+    parser.add_argument("--steps", type=int, default=50, help="of a clip")
     parser.add_argument("--repeats", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
     parser.add_argument("--trace", type=Path, help="folder for a profile of one more step")
@@ -74,8 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
-    """Times the steps of one run of the sampler; the first compiles."""
+def prepare_sampler(args: argparse.Namespace, bucket: Bucket) -> tuple[Callable, int]:
+    """Makes ``sample(steps, on_step) -> latents`` and says how many blocks wait on the host."""
     config = TINY if args.tiny else TI2V_5B
     swap = choose_blocks_to_swap(
         config, dtype=args.dtype, num_tokens=bucket.num_tokens, memory_bytes=device_memory()
@@ -89,10 +93,9 @@ def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(1), 2)
     shape = (1, config.text_len, config.text_dim)
     text_BSE, negative_BSE = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-    ends = [time.perf_counter()]
 
-    def run(steps: int) -> None:
-        latents_BTYXC = sample_latents(
+    def sample(steps: int, on_step: Callable[..., None] | None = None) -> jax.Array:
+        return sample_latents(
             velocity,
             text_BSE,
             negative_BSE,
@@ -102,8 +105,19 @@ def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
             shift=5.0,
             guidance=args.guidance,
             key=jax.random.key(0),
-            on_step=lambda *_: ends.append(time.perf_counter()),
+            on_step=on_step,
         )
+
+    return sample, swap
+
+
+def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
+    """Times the steps of one run of the sampler; the first compiles."""
+    sample, swap = prepare_sampler(args, bucket)
+    ends = [time.perf_counter()]
+
+    def run(steps: int) -> None:
+        latents_BTYXC = sample(steps, lambda *_: ends.append(time.perf_counter()))
         assert np.isfinite(np.asarray(latents_BTYXC)).all()
 
     run(args.repeats + 2)
@@ -124,20 +138,50 @@ def time_steps(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
 
 def time_decoding(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
     """Times a clip from latents to bytes in host memory, chunk by chunk."""
+    decode = prepare_decoder(args, bucket)
+    shape = (1, *bucket.latent_TYX, WAN22_VAE.z_dim)
+    latents_BTYXC = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    return time_calls(lambda: decode(latents_BTYXC), args.repeats)
+
+
+def time_clip(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
+    """Times a clip from text embeddings to bytes in host memory, its programs compiled before.
+
+    The decoder is made when the transformer's weights are still there, as in wan22-sample.
+    """
+    sample, swap = prepare_sampler(args, bucket)
+    decode = prepare_decoder(args, bucket)
+    decode(sample(2))
+    start = time.perf_counter()
+    latents_BTYXC = jax.block_until_ready(sample(args.steps))
+    sampled = time.perf_counter()
+    decode(latents_BTYXC)
+    end = time.perf_counter()
+    return {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "lora": args.lora,
+        "blocks_to_swap": swap,
+        "s": round(end - start, 2),
+        "sampling_s": round(sampled - start, 2),
+        "decoding_s": round(end - sampled, 2),
+    }
+
+
+def prepare_decoder(args: argparse.Namespace, bucket: Bucket) -> Callable[[jax.Array], None]:
+    """Makes what decodes latents and fetches the video, chunk by chunk."""
     config = TINY_VAE if args.tiny else WAN22_VAE
     vae = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     del vae.encoder
-    fill(vae, args.dtype, on_host=False)
-    shape = (1, *bucket.latent_TYX, config.z_dim)
-    latents_BTYXC = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    fill(vae, "float32" if args.dtype == "float32" else "bfloat16", on_host=False)
 
-    def run() -> None:
+    def decode(latents_BTYXC: jax.Array) -> None:
         frames = sum(
             len(video_TYX3) for video_TYX3 in fetch_video(vae.decode_chunks(latents_BTYXC))
         )
         assert frames == bucket.frames
 
-    return time_calls(run, args.repeats)
+    return decode
 
 
 if __name__ == "__main__":
