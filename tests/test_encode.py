@@ -37,11 +37,15 @@ def models(tmp_path_factory):
     """Two converted models that differ in their weights."""
     folder = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
-        official = folder / f"official{seed}"
-        write_checkpoint(official, captions=CAPTIONS.values(), vae=VAE, seed=seed)
-        out = str(folder / f"model{seed}")
-        assert convert(["--ckpt_path", str(official), "--out", out, "--dtype", "float32"]) == 0
+        convert_model(folder, seed=seed)
     return folder
+
+
+def convert_model(folder, *, seed):
+    official = folder / f"official{seed}"
+    write_checkpoint(official, captions=CAPTIONS.values(), vae=VAE, seed=seed)
+    out = str(folder / f"model{seed}")
+    assert convert(["--ckpt_path", str(official), "--out", out, "--dtype", "float32"]) == 0
 
 
 class Place:
@@ -71,7 +75,8 @@ class Place:
             (self.clips / f"{stem}.txt").write_text(f"{caption}\n", encoding="utf-8")
 
     def run(self, *arguments):
-        return encode.main(["--config", str(self.config), *arguments])
+        # Each device compiles for itself here: see test_devices.py for several.
+        return encode.main(["--config", str(self.config), "--devices=1", *arguments])
 
     def encoders(self):
         return name_encoders(read_model_card(self.model).digests, vae_dtype="float32")
