@@ -3,15 +3,16 @@
 import itertools
 import json
 import os
+import signal
 import threading
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import cache_place
 import jax
 import numpy as np
 import pytest
-import test_encode
 from flax import nnx
 from make_clips import write_image, write_video
 
@@ -23,7 +24,7 @@ from wan22_jax.model.vae import WanVAE
 from wan22_jax.sharding import choose_devices
 from wan22_jax.spread import RESULTS_A_WORKER, spread
 
-place = test_encode.place  # a fixture
+place = cache_place.place  # a fixture
 ALL = 4  # see conftest.py
 NUM_CLIPS = 7
 
@@ -31,7 +32,7 @@ NUM_CLIPS = 7
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    test_encode.convert_model(folder, seed=0)
+    cache_place.convert_model(folder, seed=0)
     return folder
 
 
@@ -188,7 +189,7 @@ def test_devices_of_another_kind_are_left_out(monkeypatch):
 def test_one_device_at_a_time_meets_a_new_shape(monkeypatch):
     lock, compiling, most = threading.Lock(), 0, 0
     met = set()
-    vae = nnx.eval_shape(lambda: WanVAE(test_encode.VAE, rngs=nnx.Rngs(0)))
+    vae = nnx.eval_shape(lambda: WanVAE(cache_place.VAE, rngs=nnx.Rngs(0)))
     vaes = [nnx.merge(*nnx.split(vae)) for _ in range(ALL)]
 
     def start(vae, pixels_TYX3):
@@ -277,6 +278,22 @@ def test_stopping_early_ends_the_threads():
     results = spread(lambda _, numbers: numbers, range(3), itertools.count())
     assert [next(results) for _ in range(5)] == list(range(5))
     results.close()
+    assert threading.active_count() == before
+
+
+def test_an_interrupt_ends_the_wait_and_the_threads():
+    before, go_on = threading.active_count(), threading.Event()
+
+    def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        go_on.set()
+
+    results = spread(look_ahead, [go_on, go_on], itertools.count())
+    timer = threading.Timer(0.2, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        sum(1 for _ in results)
+    timer.join()
     assert threading.active_count() == before
 
 
