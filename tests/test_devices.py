@@ -165,6 +165,8 @@ def test_more_devices_than_clips(place, monkeypatch):
     assert run_on_all(place) == 0
     assert copies == [1, 3]  # of the text encoder, which few texts do not pay for; of the VAE
     on_all = read_cache(place)
+    assert run_on_all(place, "--regenerate_cache", "--devices=5") == 2
+    assert read_cache(place) == on_all
     assert place.run("--regenerate_cache") == 0
     assert read_cache(place) == on_all
 

@@ -146,6 +146,8 @@ def encode_dataset(
     """
     claim_gpu()
     keep_compiled()
+    if num_devices is not None:
+        choose_devices(num_devices)  # refuses before a cache is dropped
     directories = read_datasets([dataset_file, *eval_files], clip_mode=clip_mode)
     uncond_fraction = choose_uncond_fraction(dataset_file, in_main_file=uncond_fraction)
     more_captions = [""] if uncond_fraction else []
@@ -325,9 +327,7 @@ def _report(config: TrainConfig) -> dict[str, Any]:
     )
 
 
-def _encode_captions(
-    todo: Sequence[MissingText], model: Path, devices: Sequence[Any]
-) -> None:
+def _encode_captions(todo: Sequence[MissingText], model: Path, devices: Sequence[Any]) -> None:
     if not todo:
         return
     encoder = load_fitting_text_encoder(model, memory_bytes=device_memory())
@@ -349,9 +349,7 @@ def _encode_captions(
             bar.update()
 
 
-def _list_missing_captions(
-    jobs: Sequence[Work], more_captions: Sequence[str]
-) -> list[MissingText]:
+def _list_missing_captions(jobs: Sequence[Work], more_captions: Sequence[str]) -> list[MissingText]:
     return [
         (caption, work.cache)
         for work in jobs
@@ -375,9 +373,6 @@ def _encode_clips(
         for (clip, writer), latents_TYXC in encoded:
             writer.add(_name_latents(clip), latents_TYXC)
             bar.update()
-
-
-
 
 
 def _list_missing(jobs: Sequence[Work]) -> list[Missing]:
