@@ -69,7 +69,7 @@ def specs_of(tree: Any) -> Any:
 
 def shards_of(mesh: Mesh) -> Shards:
     """What a model is told of a mesh, inside of a shard_map over all its axes."""
-    return Shards(context=mesh.shape[CONTEXT], fsdp=mesh.shape[FSDP])
+    return Shards(*(mesh.shape[axis] for axis in AXES))
 
 
 def of_examples(mesh: Mesh) -> NamedSharding:

@@ -48,7 +48,7 @@ POLICIES: dict[bool | str, Remat] = {
     "keep_attention": Remat(keep=_ATTENTION),
     "offload_attention": Remat(keep=_ATTENTION, on_host=Fraction(1)),
     "keep_qkv": Remat(keep=_QKV),
-    "keep_matmuls": Remat(keep=(*_MATMULS, "rotated", "cross_attention", "cross_o")),
+    "keep_matmuls": Remat(keep=(*_MATMULS, "rotated", "exchanged", "cross_attention", "cross_o")),
     # As much as is on its way to the host while the forward pass of a long clip computes.
     "offload_matmuls": Remat(keep=_MATMULS, on_host=Fraction(3, 5)),
 }

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")  # of the mesh
 
@@ -26,8 +27,16 @@ DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")  # of the mesh
 class Shards:
     """Among how many devices each is divided; 1 is one device, and needs no shard_map."""
 
+    data: int = 1  # clips
+    fsdp: int = 1  # clips, and rows of the blocks' matrices
     context: int = 1  # tokens of a clip
-    fsdp: int = 1  # rows of the blocks' matrices
+
+    def tie(self, x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+        """Has the gradients of a block's weights computed before the block before it.
+
+        XLA would put them off, to do beside sums over devices, and keep all activations for them.
+        """
+        return (x, weights) if self == ONE_DEVICE else _tie(x, weights)
 
     def gather_rows(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
         """Gathers the matrices of a block from the devices that hold their rows."""
@@ -42,6 +51,17 @@ class Shards:
 
 
 ONE_DEVICE = Shards()
+
+
+@jax.custom_vjp
+def _tie(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+    return x, weights
+
+
+_tie.defvjp(
+    lambda x, weights: ((x, weights), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def is_split(name: str, ndim: int) -> bool:
@@ -89,7 +109,8 @@ class Tokens:
         B, _, H, K = x_BMHK.shape
         x_BTPHK = x_BMHK.reshape(B, self.num_frames, self._part, H, K)
         x_BTPHK = jax.lax.all_to_all(x_BTPHK, CONTEXT, split_axis=3, concat_axis=2, tiled=True)
-        return x_BTPHK[:, :, : self._per_frame].reshape(B, self.count, -1, K)
+        x_BLHK = x_BTPHK[:, :, : self._per_frame].reshape(B, self.count, -1, K)
+        return checkpoint_name(x_BLHK, "exchanged")
 
     def some_of_all_heads(self, x_BLHK: jax.Array) -> jax.Array:
         """Back from ``all_of_some_heads``."""
@@ -99,7 +120,7 @@ class Tokens:
         x_BTPHK = x_BLHK.reshape(B, self.num_frames, self._per_frame, H, K)
         x_BTPHK = _fill(x_BTPHK, 2, self._part * self.shards.context)
         x_BTPHK = jax.lax.all_to_all(x_BTPHK, CONTEXT, split_axis=2, concat_axis=3, tiled=True)
-        return x_BTPHK.reshape(B, -1, H * self.shards.context, K)
+        return checkpoint_name(x_BTPHK.reshape(B, -1, H * self.shards.context, K), "exchanged")
 
     @property
     def _per_frame(self) -> int:

@@ -153,6 +153,7 @@ class WanTransformer(nnx.Module):
         number_N = None if dropout is None else jnp.arange(config.num_layers, dtype=jnp.float32)
 
         def run(x: jax.Array, trainable: tuple, frozen: tuple, context: tuple) -> jax.Array:
+            x, trainable = shards.tie(x, trainable)
             arrays = {name: array for part in frozen for name, array in part.items()}
             *inputs, dropout = context
             adapters, number = trainable
