@@ -7,6 +7,7 @@ the repository's root on PYTHONPATH.
     python benchmarks/sample.py step --dtype float8            # seconds a guided step, peak GB
     python benchmarks/sample.py step --memory_gb 12            # blocks in host memory as needed
     python benchmarks/sample.py step --trace profile           # and where the time goes
+    python benchmarks/sample.py step --context 2               # two GPUs for one video
     python benchmarks/sample.py decode                         # seconds a clip, peak GB
     python benchmarks/sample.py clip --dtype float8            # 50 steps and decoding together
     python benchmarks/sample.py step --tiny --bucket 64x64x5   # does it run, on a CPU
@@ -33,7 +34,7 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.transformer import TI2V_5B
 from wan22_jax.model.vae import WAN22_VAE, WanVAE
 from wan22_jax.sampling import sample_latents
-from wan22_jax.sharding import claim_gpu, device_memory, make_mesh, replicated
+from wan22_jax.sharding import Split, claim_gpu, device_memory, make_mesh, replicated
 from wan22_jax.velocity import choose_blocks_to_swap, place_velocity
 from wan22_jax.videos import fetch_video
 
@@ -52,6 +53,7 @@ def main() -> None:
         "part": args.part,
         "bucket": args.bucket,
         "dtype": args.dtype,
+        "context": args.context,
         **timed,
         "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
         "limit_gb": round(stats.get("bytes_limit", 0) / 1e9, 2),
@@ -69,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
     parser.add_argument("--dtype", choices=("bfloat16", "float8", "float32"), default="bfloat16")
     parser.add_argument("--guidance", type=float, default=5.0, help="1: one model call a step")
+    parser.add_argument("--context", type=int, default=1, help="GPUs that share a video's tokens")
     parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
     parser.add_argument("--steps", type=int, default=50, help="of a clip")
     parser.add_argument("--repeats", type=int, default=5, help="timed, after a first one")
@@ -88,7 +91,8 @@ def prepare_sampler(args: argparse.Namespace, bucket: Bucket) -> tuple[Callable,
     model = make_model(config, dtype=args.dtype, on_host=args.memory_gb is not None)
     if args.lora:
         add_lora(model, seed=2, std_b=0.03)
-    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(make_mesh()))
+    mesh = make_mesh(Split(context=args.context))
+    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(mesh))
     del model
     keys = jax.random.split(jax.random.key(1), 2)
     shape = (1, config.text_len, config.text_dim)

@@ -25,7 +25,7 @@ from wan22_jax.sharding import choose_devices
 from wan22_jax.spread import RESULTS_A_WORKER, spread
 
 place = cache_place.place  # a fixture
-ALL = 4  # see conftest.py
+ALL = 4  # of eight, see conftest.py
 NUM_CLIPS = 7
 
 
@@ -55,7 +55,7 @@ def filled(place, monkeypatch):
 
 
 def run_on_all(place, *arguments):
-    return encode.main(["--config", str(place.config), *arguments])
+    return encode.main(["--config", str(place.config), f"--devices={ALL}", *arguments])
 
 
 def read_cache(place):
@@ -115,9 +115,9 @@ def test_any_number_of_devices_writes_the_same_bytes(filled, monkeypatch, capsys
     monkeypatch.setattr(text, "encode_text", spy_on_texts)
     monkeypatch.setattr(text, "Lock", nullcontext)  # or the first to meet would wait for the others
     said = {
-        1: "encoding on one device of 4 (cpu)",
-        2: "encoding on 2 devices of 4 (cpu)",
-        ALL: "encoding on 4 devices (cpu)",
+        1: "encoding on one device of 8 (cpu)",
+        2: "encoding on 2 devices of 8 (cpu)",
+        ALL: "encoding on 4 devices of 8 (cpu)",
     }
     caches = []
     for number, arguments in ((1, ["--devices=1"]), (2, ["--devices", "2"]), (ALL, [])):
@@ -165,23 +165,23 @@ def test_more_devices_than_clips(place, monkeypatch):
     assert run_on_all(place) == 0
     assert copies == [1, 3]  # of the text encoder, which few texts do not pay for; of the VAE
     on_all = read_cache(place)
-    assert run_on_all(place, "--regenerate_cache", "--devices=5") == 2
+    assert run_on_all(place, "--regenerate_cache", "--devices=9") == 2
     assert read_cache(place) == on_all
     assert place.run("--regenerate_cache") == 0
     assert read_cache(place) == on_all
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "5"])
+@pytest.mark.parametrize("number", ["0", "-1", "9"])
 def test_devices_that_are_not_there_are_refused(place, capsys, number):
     place.fill()
     assert run_on_all(place, f"--devices={number}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: --devices {number}: this process sees 4 (cpu); expected 1 to 4" in error
+    assert f"error: --devices {number}: this process sees 8 (cpu); expected 1 to 8" in error
 
 
 def test_devices_of_another_kind_are_left_out(monkeypatch):
     kinds = ["large", "small", "large"]
-    found = [SimpleNamespace(device_kind=kind) for kind in kinds]
+    found = [SimpleNamespace(device_kind=kind, platform="gpu") for kind in kinds]
     monkeypatch.setattr(jax, "local_devices", lambda: found)
     assert choose_devices() == [found[0], found[2]]
     with pytest.raises(BadInput, match=r"--devices 3: this process sees 2 \(large\)"):

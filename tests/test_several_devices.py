@@ -28,6 +28,7 @@ from wan22_jax.training.step import (
     init_state,
     split_model,
 )
+from wan22_jax.velocity import place_velocity
 from wan22_jax.weights import stored_dtype
 
 CONFIG = TransformerConfig(
@@ -190,3 +191,17 @@ def test_blocks_activations_and_optimizer_state_on_the_host():
     assert weight.sharding.spec == PartitionSpec("fsdp")
     state, _ = assert_equal_to_one_device(Split(1, 2, 2), full=True, swap=1)
     assert any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(state))
+
+
+def test_devices_that_share_a_video_predict_its_velocity_as_one_does():
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(1, FRAMES, 4, 6, 48)).astype(np.float32)
+    inputs = latents, np.full((1, FRAMES), 0.5, np.float32), rng.normal(size=(1, 6, 8))
+    found = []
+    for split in (Split(), Split(1, 2, 4)):
+        sharding = replicated(make_mesh(split))
+        velocity = place_velocity(make_model(dtype="float32"), blocks_to_swap=1, sharding=sharding)
+        found.append(velocity(*map(jnp.asarray, inputs)))
+        assert found[-1].sharding.mesh.size == split.num_devices
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -34,6 +35,8 @@ from wan22_jax.model_folder import (
 )
 from wan22_jax.prompts import Request, check_request, choose_frame, read_prompt, read_prompt_file
 from wan22_jax.sharding import (
+    Split,
+    choose_devices,
     claim_gpu,
     describe_peak_memory,
     device_memory,
@@ -96,6 +99,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--vae_dtype", choices=VAE_DTYPES, default="bfloat16", help="float32 is the original's")
     tile = "decode in tiles of so many pixels: approximate, for small cards"
     add("--vae_tile", type=int, metavar="PX", help=tile)
+    devices = "so many GPUs share each video's tokens; all of them if it is left out"
+    add("--devices", type=int, metavar="N", help=devices)
     swap = "so many blocks stay in host memory; as many as have to if it is left out"
     add("--blocks_to_swap", type=int, help=swap)
     out = "mp4, gif, webp or png (a folder of frames); replaced if it exists"
@@ -109,6 +114,7 @@ def sample(args: argparse.Namespace) -> None:
     Raises:
         BadInput: a flag is out of range, or a file is missing or not what it should be.
     """
+    devices = choose_devices(args.devices)
     videos = plan_videos(args)
     card = read_model_card(args.model)
     dtype = choose_transformer_dtype(args.model, card, dtype=args.dtype)
@@ -120,7 +126,9 @@ def sample(args: argparse.Namespace) -> None:
         vae = _load_alone(load_vae, args.model, dtype=args.vae_dtype)
         frames = [encode_frame(vae, video) for video in videos]
         del vae
-    latents = _denoise(args, card, videos, texts, frames, dtype=dtype, adapter=adapter)
+    latents = _denoise(
+        args, card, videos, texts, frames, devices=devices, dtype=dtype, adapter=adapter
+    )
     settings = {"model": card.digest, "dtype": dtype, "vae_dtype": args.vae_dtype}
     settings |= {"lora": args.lora} if args.lora else {}
     settings |= {} if args.vae_tile is None else {"vae_tile": args.vae_tile}
@@ -193,11 +201,14 @@ def _denoise(
     texts: Mapping[str, np.ndarray],
     frames: Sequence[np.ndarray | None],
     *,
+    devices: Sequence[Any],
     dtype: str,
     adapter: Adapter | None,
 ) -> list[np.ndarray]:
     """Returns the clean latents of each video, on the host."""
-    most = max(video.bucket.num_tokens for video in videos)
+    ways = [n for n in range(1, len(devices) + 1) if card.transformer.num_heads % n == 0]
+    split = Split(context=ways[-1])
+    most = max(-(-video.bucket.num_tokens // split.context) for video in videos)
     swap = args.blocks_to_swap
     if swap is None:
         swap = choose_blocks_to_swap(
@@ -208,7 +219,10 @@ def _denoise(
         attach_adapter(model, adapter)
     if swap:
         _say(f"{min(swap, card.transformer.num_layers)} blocks wait in host memory")
-    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(make_mesh()))
+    mesh = make_mesh(split, devices)
+    if split.context > 1:
+        _say(f"{split.context} of {len(jax.local_devices())} devices share the tokens of a video")
+    velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(mesh))
     del model
     latents = []
     steps = sum(video.request.steps for video in videos)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wan22_jax.errors import BadInput
-from wan22_jax.model.shards import AXES, CONTEXT, DATA, FSDP, Shards, is_split
+from wan22_jax.model.shards import AXES, DATA, FSDP, Shards, is_split
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,15 @@ class Split(NamedTuple):
         return self.data * self.fsdp
 
 
-def make_mesh(split: Split | None = None) -> Mesh:
-    """Makes the mesh of the first local device or, given a split, of the first ones of all."""
-    devices = jax.local_devices()[:1] if split is None else jax.devices()[: split.num_devices]
-    grid = np.array(devices).reshape(split or Split())
+def make_mesh(split: Split | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes the mesh of the first local device or, given a split, of the first ones of all.
+
+    ``devices`` are those to take the first ones of, if not of all processes.
+    """
+    if devices is None:
+        devices = jax.local_devices() if split is None else jax.devices()
+    split = split or Split()
+    grid = np.array(devices[: split.num_devices]).reshape(split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -145,7 +150,8 @@ def own_examples(mesh: Mesh) -> range:
 def choose_devices(num_devices: int | None = None) -> list[Any]:
     """Returns so many of the local devices, the first ones; all of them unless told otherwise.
 
-    All are of the first one's kind: others would give other bits, and may be too small.
+    All are of the first one's kind: others would give other bits, and may be too small. A CPU's
+    devices share its cores: one of them, unless told otherwise.
 
     Raises:
         BadInput: there are fewer.
@@ -157,6 +163,8 @@ def choose_devices(num_devices: int | None = None) -> list[Any]:
             f"--devices {num_devices}: this process sees {len(alike)} ({found[0].device_kind}); "
             f"expected 1 to {len(alike)}, or nothing for all"
         )
+    if num_devices is None and found[0].platform == "cpu":
+        num_devices = 1
     return alike[:num_devices]
 
 
