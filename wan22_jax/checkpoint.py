@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -318,11 +318,7 @@ def read_trainable(
             version, or is damaged.
     """
     checkpoint, items, meta = find_trainable(path, step, ema=ema)
-    read = _read(checkpoint, {name: ocp.args.StandardRestore() for name in items})
-    arrays = {
-        name: {path: np.asarray(array) for path, array in of_item.items()}
-        for name, of_item in read.items()
-    }
+    arrays = {item: read_arrays(checkpoint, item, meta["arrays"][item]) for item in items}
     if "opt_state" in arrays:
         return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
     return arrays[items[0]], meta
@@ -350,16 +346,17 @@ def find_trainable(
     return checkpoint, items, meta
 
 
-def read_array(checkpoint: Path, item: str, name: str) -> np.ndarray:
-    """Reads one array of an item, without the others."""
+def read_arrays(checkpoint: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads arrays of an item, without the others, from however many devices they came."""
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
-        target = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restored = checkpointer.restore(
+        target = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        return checkpointer.restore(
             (checkpoint / item).absolute(),
-            ocp.args.PyTreeRestore({name: 0}, restore_args=target, partial_restore=True),
+            ocp.args.PyTreeRestore(
+                dict.fromkeys(target, 0), restore_args=target, partial_restore=True
+            ),
         )
-    return restored[name]
 
 
 def read_saved_meta(path: Path, step: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from wan22_jax.errors import is_full_disk
-from wan22_jax.processes import from_main, gather, is_main
+from wan22_jax.processes import from_main, gather
 
 _Problem = tuple[bool, str]  # whether a disk is full, and what was said
 

@@ -43,7 +43,7 @@ class Wishes:
         self._votes = Votes(len(Wish._fields)) if processes.count() > 1 else None
 
     def read(self) -> Wish:
-        """Returns what is asked for now, or what the last vote was for. Files stay until ``fulfil``.
+        """Returns what is asked for now, or was in the last vote. Files stay until ``fulfil``.
 
         Waits for the steps before that vote.
         """
