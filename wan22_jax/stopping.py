@@ -97,8 +97,9 @@ class Votes:
         votes = jax.make_array_from_callback(
             self._shape, self._sharding, lambda index: votes_DW[index]
         )
-        self._accepted = self._count(votes)
-        self._accepted.copy_to_host_async()
+        accepted = self._count(votes)
+        accepted.copy_to_host_async()
+        self._accepted = accepted
 
     def read(self) -> list[bool]:
         """Returns what the last vote has accepted; nothing before the first one."""
