@@ -1,0 +1,159 @@
+"""What a process of several does in tests/test_processes.py, beside wan22-train itself."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from wan22_jax import processes
+from wan22_jax.checkpoint import FullDisk, list_steps, open_checkpoints, restore_state
+from wan22_jax.errors import BadInput
+from wan22_jax.model_tensors import GatheredTensors
+from wan22_jax.stopping import Wish, listen
+from wan22_jax.training.step import TrainState
+
+VALUES = np.arange(32, dtype=np.float32).reshape(8, 4)
+META = {"config": {}}
+
+
+def main() -> int:
+    """Runs one of the functions below, by name, in this process of several."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("--meeting_s", type=int, default=processes.MEETING_S)
+    parser.add_argument("--heartbeat_s", type=int, default=processes.HEARTBEAT_S)
+    processes.add_process_arguments(parser)
+    args = parser.parse_args()
+    processes.MEETING_S, processes.HEARTBEAT_S = args.meeting_s, args.heartbeat_s
+    logging.basicConfig(stream=sys.stdout)
+    return processes.run_together(args, globals()[args.name])
+
+
+def agree() -> None:
+    own = processes.index()
+    assert processes.count() == jax.process_count() == 2
+    assert processes.gather(own, "test") == [0, 1]
+    assert processes.gather({"own": own + 1}, "test") == [{"own": 1}, {"own": 2}]
+    assert processes.from_main(lambda: ["result", processes.index()], "result") == ["result", 0]
+    for name, action in (
+        ("raise", lambda: processes.from_main(_refuse, "raise")),
+        ("agree", lambda: processes.agree("no good" if own == 1 else None, "agree")),
+    ):
+        try:
+            action()
+        except BadInput as error:
+            assert str(error).endswith("no good"), error
+        else:
+            raise AssertionError(f"{name}: nothing was raised in process {own}")
+    array = _place(VALUES, PartitionSpec("all"))
+    assert not processes.is_held(array)
+    np.testing.assert_array_equal(processes.to_host(array), VALUES)
+    assert processes.is_held(_place(VALUES, PartitionSpec()))
+    tensors = GatheredTensors({"a": array, "b": 2 * array, "c": _place(VALUES, PartitionSpec())})
+    if own == 0:  # it fails after the first one
+        np.testing.assert_array_equal(tensors.read("a"), VALUES)
+    tensors.finish()
+    np.testing.assert_array_equal(tensors.read("c"), VALUES)
+    vote()
+    save()
+
+
+def vote() -> None:
+    """A signal to one process, and a file that process 0 sees, are heard by both a step later."""
+    folder = Path("voting")
+    if processes.is_main():
+        folder.mkdir()
+    processes.gather(None, "made")
+    with listen(folder) as wishes:
+        assert wishes.read() == Wish(checkpoint=False, stop=False, late=False)
+        processes.gather(None, "before")
+        (folder / "save").touch()
+        wishes.fulfil(wishes.read(), late=processes.index() == 1)
+        if processes.index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert wishes.read() == Wish(checkpoint=True, stop=False, late=True)
+        processes.gather(None, "seen")
+        assert (folder / "save").exists()
+        assert not wishes.ends_at_once()
+        wishes.fulfil(wishes.read())
+        assert wishes.read() == Wish(checkpoint=True, stop=True, late=False)
+        processes.gather(None, "after")
+        assert not (folder / "save").exists()
+
+
+def save() -> None:
+    """Sharded arrays are written by both; a disk that is full for one of them fails both."""
+    async_save = ocp.StandardCheckpointHandler.async_save
+
+    def fill(*args, **options):
+        if processes.index() == 1:
+            raise OSError(28, "No space left on device")
+        return async_save(*args, **options)
+
+    folder = Path("saving")
+    if processes.is_main():
+        folder.mkdir()
+    with open_checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(1), META)
+        checkpoints.wait()
+        with mock.patch.object(ocp.StandardCheckpointHandler, "async_save", fill):
+            checkpoints.save(make_state(2), META)
+            try:
+                checkpoints.wait()
+            except FullDisk as error:
+                assert "the disk filled up" in str(error)
+            else:
+                raise AssertionError("the other process's full disk was not noticed")
+        checkpoints.save(make_state(3), META)
+        checkpoints.wait()
+        assert sorted(list_steps(checkpoints.directory)) == [1, 3]
+        for spec in (PartitionSpec("all"), PartitionSpec(None, "all"), PartitionSpec()):
+            like = make_state(0, spec=spec)
+            state, _ = restore_state(checkpoints, like)
+            assert int(state.step) == 3
+            assert state.trainable["w"].sharding == like.trainable["w"].sharding
+            np.testing.assert_array_equal(processes.to_host(state.trainable["w"]), 3 + VALUES)
+
+
+def make_state(step: int, *, spec: PartitionSpec = PartitionSpec("all")) -> TrainState:  # noqa: B008
+    return TrainState(
+        _place(np.int32(step), PartitionSpec()),
+        {"w": _place(step + VALUES, spec)},
+        {"m": _place(step * VALUES, PartitionSpec()), "count": _place(np.int32(1), PartitionSpec())},
+    )
+
+
+def fail() -> None:
+    """One process is wrong, the other one waits for it."""
+    if processes.index() == 1:
+        raise BadInput("lora.toml: is\nno good")
+    processes.gather(None, "never")
+
+
+def wait() -> None:
+    """To be killed."""
+    print("waiting", flush=True)  # noqa: T201
+    time.sleep(600)
+
+
+def _refuse() -> None:
+    assert processes.is_main()
+    raise BadInput("no good")
+
+
+def _place(values: np.ndarray, spec: PartitionSpec) -> jax.Array:
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("all",)), spec)
+    return jax.make_array_from_callback(np.shape(values), sharding, lambda index: values[index])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
