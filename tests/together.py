@@ -81,9 +81,9 @@ def vote() -> None:
         if processes.index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         assert wishes.read() == Wish(checkpoint=True, stop=False, late=True)
-        processes.gather(None, "seen")
         assert (folder / "save").exists()
         assert not wishes.ends_at_once()
+        processes.gather(None, "seen")
         wishes.fulfil(wishes.read())
         assert wishes.read() == Wish(checkpoint=True, stop=True, late=False)
         processes.gather(None, "after")
