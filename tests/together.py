@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wan22_jax import processes
+from wan22_jax import processes, run_folder
 from wan22_jax.checkpoint import FullDisk, list_steps, open_checkpoints, restore_state
 from wan22_jax.errors import BadInput
 from wan22_jax.model_tensors import GatheredTensors
@@ -65,6 +65,26 @@ def agree() -> None:
     np.testing.assert_array_equal(tensors.read("c"), VALUES)
     vote()
     save()
+    see()
+
+
+def see() -> None:
+    """A folder of the same name that is not the same is told from one that is shared."""
+    run_folder.check_seen(Path("saving"))
+    if processes.index() == 1:
+        Path("elsewhere/saving").mkdir(parents=True)
+        os.chdir("elsewhere")
+    with mock.patch.object(run_folder, "SEEN_S", 1):
+        try:
+            run_folder.check_seen(Path("saving"))
+        except BadInput as error:
+            assert "process 1: " in str(error), error
+            assert "elsewhere/saving on " in str(error), error
+            assert "on a disk that all hosts share" in str(error), error
+        else:
+            raise AssertionError("the folder of another disk was taken for the run's")
+    if processes.is_main():
+        assert [path.name for path in Path("saving").iterdir()] == ["checkpoints"]
 
 
 def vote() -> None:

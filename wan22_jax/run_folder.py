@@ -39,7 +39,7 @@ from wan22_jax.resuming import (
     list_changes,
 )
 
-_SEEN_S = 30  # that a network disk may take to show a new folder to other hosts
+SEEN_S = 30  # that a network disk may take to show a new folder to other hosts
 log = logging.getLogger(__name__)
 
 
@@ -87,7 +87,7 @@ def open_run(
 
     name, start = processes.from_main(choose, "run")
     folder, start = Path(name), Start(*start)
-    _check_seen(folder)
+    check_seen(folder)
     progress = {"data_offset": start.data_offset, "schedule_start": start.schedule_start}
     return Run(folder, start, meta | progress)
 
@@ -125,7 +125,7 @@ def _choose(
     return folder, start
 
 
-def _check_seen(folder: Path) -> None:
+def check_seen(folder: Path) -> None:
     """Raises BadInput in all processes if one of them does not see what process 0 writes."""
     if processes.count() == 1:
         return
@@ -137,7 +137,7 @@ def _check_seen(folder: Path) -> None:
         return mark.name
 
     mark_file = folder / processes.from_main(mark, "mark")
-    problem, deadline = None, time.monotonic() + _SEEN_S
+    problem, deadline = None, time.monotonic() + SEEN_S
     while not mark_file.exists():
         if time.monotonic() > deadline:
             problem = (

@@ -1,0 +1,132 @@
+"""wan22-train in several processes: one writes, all stop together, and who is lost is done without."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from test_processes import DEADLINE_S, ROOT, Group
+
+from wan22_jax.checkpoint import FOLDER, find_damage, list_steps, read_arrays, read_meta
+from wan22_jax.geometry import Bucket
+
+STEPS = 6
+TRAIN = ("-m", "wan22_jax.train", "--config", "lora.toml", f"max_steps={STEPS}", "epochs=9")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model, cache of one bucket and configs; programs are compiled once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    bucket = Bucket(32, 32, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_run, "BUCKETS", {bucket: 8})
+        patch.setattr(tiny_run, "DATASET", tiny_run.DATASET.replace(", [32, 64, 5]", ""))
+        tiny_run.prepare(folder)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """An uninterrupted run of one process."""
+    train_alone(folder, "output_dir=whole")
+    return only_run(folder / "whole")
+
+
+def train_alone(folder: Path, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *TRAIN, *flags],
+        cwd=folder,
+        env=os.environ
+        | {
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"),
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def only_run(folder: Path) -> Path:
+    (run_dir,) = folder.iterdir()
+    return run_dir
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(step for path in folder.glob(f"*/{FOLDER}") for step in list_steps(path))
+
+
+def check_same_end(run_dir: Path, whole: Path) -> None:
+    """Up to what another order of additions changes."""
+    found, expected = (path / FOLDER / str(STEPS) for path in (run_dir, whole))
+    assert find_damage(found) is None
+    for item, described in read_meta(expected)["arrays"].items():
+        arrays = read_arrays(found, item, described)
+        for name, array in read_arrays(expected, item, described).items():
+            np.testing.assert_allclose(arrays[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_one_writes_and_when_it_is_lost_the_run_goes_on_alone(folder, whole):
+    with Group(folder, *TRAIN, "output_dir=lost") as group:
+        group.wait_for(lambda: 3 in steps_of(folder / "lost"))
+        group.processes[0].send_signal(signal.SIGKILL)
+        assert group.processes[1].wait(DEADLINE_S) not in (0, -signal.SIGKILL)
+    assert "2 processes train together" in group.said(0)
+    assert "step 2: saving " in group.said(0)
+    assert "saving" not in group.said(1)
+    assert "another task died" in group.said(1)
+    run_dir = only_run(folder / "lost")
+    assert len(list(run_dir.glob("events.*"))) == 1
+    said = train_alone(folder, "output_dir=lost", "--resume_from_checkpoint")
+    assert f"{run_dir.name}: {max(s for s in range(3, STEPS) if f': {s} steps' in said)} " in said
+    check_same_end(run_dir, whole)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_ends_both_after_the_same_step(folder, whole):
+    keys = ("output_dir=stopped", "checkpoint_every_n_steps=100", "max_steps=1000")
+    with Group(folder, *TRAIN, *keys, "steps_per_print=1") as group:
+        group.wait_for(lambda: "step 2/1000" in group.said(0))
+        group.processes[1].send_signal(signal.SIGTERM)
+        assert group.codes() == [0, 0], group.said()
+    (step,) = steps_of(folder / "stopped")
+    assert f"done: {step} steps" in group.said(0)
+    assert "SIGTERM: finishing the step" in group.said(1)
+    with Group(folder, *TRAIN, *keys, "--resume_from_checkpoint", f"max_steps={step + 2}") as group:
+        assert group.codes() == [0, 0], group.said()
+    assert f"{step} steps done, of {step + 2}" in group.said(0)
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_with_other_numbers_of_processes_a_run_ends_alike(folder, whole):
+    rng = random.Random(0)
+    kills = 0
+    while STEPS not in steps_of(folder / "random"):
+        number = rng.choice((1, 2, 4))
+        before = steps_of(folder / "random")
+        resume = ("--resume_from_checkpoint",) if before else ()
+        with Group(folder, *TRAIN, *resume, "output_dir=random", number=number) as group:
+            if kills == 4:
+                assert group.codes() == [0] * number, group.said()
+                break
+            group.wait_for(lambda before=before: len(steps_of(folder / "random")) > len(before))
+            victim = rng.randrange(number)
+            group.processes[victim].send_signal(signal.SIGKILL)
+            kills += 1
+            codes = group.codes()
+            assert codes[victim] == -signal.SIGKILL
+            assert all(code != 0 for code in codes), group.said()
+    assert kills > 1
+    (run_dir,) = (path.parent for path in folder.glob(f"random/*/{FOLDER}") if list_steps(path))
+    check_same_end(run_dir, whole)
