@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+from jax.tree_util import DictKey, SequenceKey
 from kernel_table import short_name
 from random_model import (
     add_lora,
@@ -34,18 +36,20 @@ from random_model import (
     make_model,
     masters_dtype,
     place,
+    read_split,
 )
 from train_step import make_adamw, make_batch
 
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model import fp8, hopper_matmul
 from wan22_jax.model.flow import sigma_grid
+from wan22_jax.model.shards import AXES
 from wan22_jax.model.transformer import TI2V_5B
-from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.sharding import claim_gpu, make_mesh, of_array, of_examples, replicated
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.full import split_full
 from wan22_jax.training.step import Frozen, Optimizer, init_state, split_model
-from wan22_jax.weights import stored_dtype
+from wan22_jax.weights import is_stacked, stored_dtype
 
 # An H100 SXM as its driver describes it, but for its memory: XLA plans with 80 % of what is said
 # here, and on a real one, of 84.9 GB, with the 95 % that JAX may use.
@@ -136,6 +140,17 @@ def find_cuda() -> Path | None:
     return next(filter(Path.is_dir, folders), None)
 
 
+def describe(path: tuple, leaf: jax.ShapeDtypeStruct, *, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Says where an argument of the step lies, by its place among them."""
+    where = replicated(mesh)
+    number, names = path[0].idx, [key.key for key in path if isinstance(key, DictKey)]
+    if number == 2:
+        where = of_examples(mesh)
+    elif names and (is_stacked(names[-1]) or any(isinstance(key, SequenceKey) for key in path[1:])):
+        where = of_array(where, str(names[-1]), leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
 def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
     """Traces the step, with arrays that have shapes alone, as a GPU would."""
     graphdef: nnx.GraphDef | None = None
@@ -163,28 +178,28 @@ def lower_step(args: argparse.Namespace) -> tuple[jax.stages.Lowered, float]:
         return state, placed, batch, jax.random.key(0), sigma_grid()
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
-    batch = make_batch(TI2V_5B, bucket, args.batch, args.accumulate)
+    split = read_split(args)
+    batch = make_batch(TI2V_5B, bucket, args.batch * split.batch_shards, args.accumulate)
     optimizer: Optimizer = make_adamw()
     if args.full:
         optimizer = make_full_optimizer(args.full, offload=args.offload_optimizer)
-    h100 = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = Mesh(np.array(h100.devices), ("data",), axis_types=(AxisType.Auto,))
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        jax.eval_shape(make_arguments),
+    topology = f"1x1x{split.num_devices}"  # hosts, devices of each
+    h100 = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=topology)
+    grid = np.array(h100.devices).reshape(split)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    arguments = jax.tree_util.tree_map_with_path(
+        partial(describe, mesh=mesh), jax.eval_shape(make_arguments)
     )
     assert graphdef is not None
-    opt_shardings = None
     if isinstance(optimizer, BlockwiseOptimizer):
-        opt_state = optimizer.describe_state(arguments[0].trainable, replicated(mesh))
-        opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, opt_state)
+        opt_state = optimizer.describe_state(arguments[0].trainable)
         arguments = (arguments[0]._replace(opt_state=opt_state), *arguments[1:])
     step = build_step(
         graphdef,
         optimizer,
         activation_checkpointing=args.activation_checkpointing,
-        mesh=mesh,
-        opt_shardings=opt_shardings,
+        state=arguments[0],
+        frozen=arguments[1],
     )
     start = time.perf_counter()
     with (

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from wan22_jax.model.fp8 import quantize_weight
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8, abstract_transformer
-from wan22_jax.sharding import replicated
+from wan22_jax.sharding import Split, replicated
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.frozen import place_frozen
@@ -31,6 +31,7 @@ from wan22_jax.training.step import (
     Frozen,
     Optimizer,
     StepSettings,
+    TrainState,
     compile_train_step,
     loss_fn,
 )
@@ -149,16 +150,16 @@ def build_step(
     optimizer: Optimizer,
     *,
     activation_checkpointing: bool | str,
-    mesh: Mesh,
-    opt_shardings: Any = None,
+    state: TrainState,
+    frozen: Frozen,
 ) -> jax.stages.Wrapped:
-    """Jits the train step that wan22-train runs."""
+    """Jits the train step that wan22-train runs, on the devices where its arguments lie."""
     step = compile_train_step(
         graphdef,
         optimizer,
         StepSettings(TaskMix(I2V_FRACTION), activation_checkpointing=activation_checkpointing),
-        sharding=replicated(mesh),
-        opt_shardings=opt_shardings,
+        state=state,
+        frozen=frozen,
     )
     return cast(jax.stages.Wrapped, step)
 
@@ -187,7 +188,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         help="false, true, unsloth or a named policy, as in the training config",
     )
     parser.add_argument("--blocks_to_swap", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="clips in a micro-batch")
+    parser.add_argument("--batch", type=int, default=1, help="clips in a device's micro-batch")
+    for axis in Split._fields:
+        parser.add_argument(f"--{axis}", type=int, default=1, help="devices, as in [parallel]")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
     parser.add_argument(
         "--full",
@@ -197,6 +200,11 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload_optimizer", action="store_true", help="with --full: its state in host memory"
     )
+
+
+def read_split(args: argparse.Namespace) -> Split:
+    """Reads --data, --fsdp and --context."""
+    return Split(args.data, args.fsdp, args.context)
 
 
 def read_policy(text: str) -> bool | str:

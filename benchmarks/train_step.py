@@ -36,13 +36,14 @@ from random_model import (
     make_model,
     masters_dtype,
     place,
+    read_split,
 )
 
 from wan22_jax.batch import Batch
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
-from wan22_jax.sharding import claim_gpu, make_mesh, replicated
+from wan22_jax.sharding import claim_gpu, make_mesh, put_examples, replicated
 from wan22_jax.training.flops import count_flops
 from wan22_jax.training.full import place_full, split_full
 from wan22_jax.training.optimizer import make_optimizer
@@ -65,7 +66,8 @@ def main() -> None:
 
     bucket = check_bucket(Bucket(*map(int, args.bucket.split("x"))), source="--bucket")
     config = TINY if args.tiny else TI2V_5B
-    mesh = make_mesh()
+    split = read_split(args)
+    mesh = make_mesh(split)
     sharding = replicated(mesh)
     # Drawn on the device, weights would leave it in pieces too small for what the step needs.
     on_host = args.blocks_to_swap > 0 or args.memory_gb is not None or args.full is not None
@@ -78,7 +80,7 @@ def main() -> None:
         masters = place_full(weights, sharding, dtype=masters_dtype(args.full))
         del weights
         number = jnp.zeros((), jnp.int32)
-        state = TrainState(number, masters, optimizer.place_state(masters, sharding))
+        state = TrainState(number, masters, optimizer.place_state(masters))
         state = state._replace(step=jax.device_put(number, sharding))
         frozen = Frozen(jax.device_put(template, sharding))
         del masters
@@ -95,15 +97,17 @@ def main() -> None:
         state = jax.device_put(init_state(trainable, optimizer), sharding)
         del trainable
     grid, key = jax.device_put((sigma_grid(), jax.random.key(0)), sharding)
-    batch = jax.device_put(make_batch(config, bucket, args.batch, args.accumulate), sharding)
+    num_clips = args.batch * split.batch_shards
+    batch = make_batch(config, bucket, num_clips, args.accumulate)
+    batch = put_examples(batch, mesh, total=num_clips)
 
     start = time.perf_counter()
     step = build_step(
         graphdef,
         optimizer,
         activation_checkpointing=args.activation_checkpointing,
-        mesh=mesh,
-        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
+        state=state,
+        frozen=frozen,
     )
     lowered = step.lower(state, frozen, batch, key, grid)
     events: list[str] = []

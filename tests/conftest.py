@@ -1,4 +1,4 @@
-"""Test-wide settings: four CPU devices, exact matmuls, no silent rank promotion, nothing kept."""
+"""Test-wide settings: eight CPU devices, exact matmuls, no silent rank promotion, nothing kept."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # The last two: compiling is most of the time that tests take, and without them five times as much.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=4"
+    + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 

@@ -54,9 +54,9 @@ def averaged(tmp_path_factory):
     graphdef, trainable, frozen = make_parts()
     optimizer = make_optimizer(AdamW(), schedule=optax.constant_schedule(LR), gradient_clipping=1.0)
     settings = StepSettings(ema_decay=DECAY)
-    step = compile_train_step(graphdef, optimizer, settings, sharding=sharding)
     state = jax.device_put(init_state(trainable, optimizer, ema_decay=DECAY), sharding)
     frozen = Frozen(jax.device_put(frozen, sharding))
+    step = compile_train_step(graphdef, optimizer, settings, state=state, frozen=frozen)
     rng = np.random.default_rng(0)
     history = [host(state.trainable)]
     with open_checkpoints(run_dir) as manager:

@@ -139,10 +139,10 @@ def narrow(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def take_steps(optimizer: BlockwiseOptimizer, weights: dict, count: int = 3) -> tuple[Any, Any]:
     weights = jax.device_put(weights, SHARDING)
-    state = optimizer.place_state(weights, SHARDING)
+    state = optimizer.place_state(weights)
     places = jax.tree.map(lambda leaf: leaf.sharding, (weights, state))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
-        lambda leaf: leaf.sharding, optimizer.describe_state(weights, SHARDING)
+        lambda leaf: leaf.sharding, optimizer.describe_state(weights)
     )
     step = jax.jit(optimizer.step, out_shardings=places)
     for index in range(count):
@@ -193,21 +193,17 @@ def test_a_step_trains_every_weight_and_compiles_once():
     weights = place_full(drawn, SHARDING, dtype="float32")
     optimizer = make_optimizer(None, on_host=True)
     number = jax.device_put(jnp.zeros((), jnp.int32), SHARDING)
-    state = TrainState(number, weights, optimizer.place_state(weights, SHARDING))
-    step = compile_train_step(
-        graphdef,
-        optimizer,
-        StepSettings(activation_checkpointing=True),
-        sharding=SHARDING,
-        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
-    )
+    state = TrainState(number, weights, optimizer.place_state(weights))
+    frozen = Frozen(jax.device_put(template, SHARDING))
+    settings = StepSettings(activation_checkpointing=True)
+    step = compile_train_step(graphdef, optimizer, settings, state=state, frozen=frozen)
     rng = np.random.default_rng(0)
     batch = Batch(
         rng.normal(size=(1, 1, 2, 4, 4, 48)).astype(jnp.bfloat16),
         rng.normal(size=(1, 1, 4, 8)).astype(jnp.bfloat16),
     )
     batch_and_draws = (batch, jax.random.key(0), jnp.asarray(sigma_grid()))
-    rest = (Frozen(jax.device_put(template, SHARDING)), *jax.device_put(batch_and_draws, SHARDING))
+    rest = (frozen, *jax.device_put(batch_and_draws, SHARDING))
     compiled = step.lower(state, *rest).compile()
     for _ in range(2):  # the second step's arrays lie where the first's do, or this would raise
         state, metrics = compiled(state, *rest)

@@ -14,8 +14,9 @@ LAYERS = [
     {"wan22_jax", "wan22_jax.errors", "wan22_jax.model", "wan22_jax.data", "wan22_jax.training"},
     {"wan22_jax.toml_file", "wan22_jax.outputs"},
     {"wan22_jax.adapter_targets"},
-    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.sharding", "wan22_jax.tensor_files"}
+    {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.tensor_files", "wan22_jax.model.shards"}
     | {"wan22_jax.processes"},
+    {"wan22_jax.sharding"},
     {"wan22_jax.quantised"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
     | {"wan22_jax.model.attention", "wan22_jax.model.fp8", "wan22_jax.model.remat"},
@@ -58,6 +59,7 @@ LAYERS = [
         "wan22_jax.training.averages",
         "wan22_jax.data.survey",
     },
+    {"wan22_jax.data.entries"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
     | {"wan22_jax.joint_save"}
     | {"wan22_jax.data.preflight_page"},
@@ -67,6 +69,7 @@ LAYERS = [
     {"wan22_jax.prompts", "wan22_jax.velocity", "wan22_jax.model.vae_tiles"},
     {"wan22_jax.videos"},
     {"wan22_jax.sample_config"},
+    {"wan22_jax.dataset_config", "wan22_jax.parallel"},
     {"wan22_jax.lora_names", "wan22_jax.config"},
     {"wan22_jax.adapter"},
     {"wan22_jax.model_tensors", "wan22_jax.adapter_join"},

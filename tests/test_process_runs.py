@@ -16,7 +16,8 @@ from wan22_jax.checkpoint import FOLDER, find_damage, list_steps, read_arrays, r
 from wan22_jax.geometry import Bucket
 
 STEPS = 6
-TRAIN = ("-m", "wan22_jax.train", "--config", "lora.toml", f"max_steps={STEPS}", "epochs=9")
+SETTINGS = (f"max_steps={STEPS}", "epochs=9", "gradient_accumulation_steps=1", "global_batch_size=4")
+TRAIN = ("-m", "wan22_jax.train", "--config", "lora.toml", *SETTINGS)
 
 
 @pytest.fixture(scope="module")

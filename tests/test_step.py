@@ -68,22 +68,22 @@ def make_step(*, i2v_fraction: float = 0.5, lr: float = 1e-2):
     graphdef, trainable, frozen = split_model(make_model())
     schedule = optax.linear_schedule(lr / 4, lr, 4)
     optimizer = make_optimizer(AdamW(), schedule=schedule, gradient_clipping=1.0)
-    step = compile_train_step(
-        graphdef,
-        optimizer,
-        StepSettings(TaskMix(i2v_fraction)),
-        sharding=sharding,
+    placed = place_frozen(
+        frozen, activation_checkpointing=False, blocks_to_swap=0, sharding=sharding
     )
 
     def make_state() -> TrainState:
         fresh = jax.tree.map(jnp.copy, trainable)
         return jax.device_put(init_state(fresh, optimizer), sharding)
 
-    return (
-        make_state,
-        place_frozen(frozen, activation_checkpointing=False, blocks_to_swap=0, sharding=sharding),
-        step,
+    step = compile_train_step(
+        graphdef,
+        optimizer,
+        StepSettings(TaskMix(i2v_fraction)),
+        state=make_state(),
+        frozen=placed,
     )
+    return make_state, placed, step
 
 
 def make_run(**options):

@@ -15,10 +15,12 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
 from wan22_jax.adapter_targets import AdapterConfig, LoRATarget, choose_targets, lr_ratios
 from wan22_jax.data.batching import Batching, make_batching
+from wan22_jax.dataset_config import ClipMode, DatasetConfig
 from wan22_jax.errors import BadInput
 from wan22_jax.full_config import FullConfig, find_fault
 from wan22_jax.model.flow import SQUARED, Penalty, PenaltyKind
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.parallel import ParallelConfig
 from wan22_jax.refused_keys import IGNORED, REFUSED
 from wan22_jax.sample_config import SampleConfig
 from wan22_jax.toml_file import Table, apply_override, describe_problem, read_toml
@@ -31,10 +33,8 @@ from wan22_jax.training.optimizer_options import (
     refuse_keys,
 )
 
-Number = int | float
 Dtype = Literal["bfloat16", "float32"]
 SaveDtype = Literal["float32", "float16", "bfloat16", "float8", "float8_e4m3fn", "float8_e5m2"]
-ClipMode = Literal["single_beginning", "single_middle", "uniform"]
 
 
 class ModelConfig(Table):
@@ -96,7 +96,10 @@ class TrainConfig(Table):
     """The main file.
 
     A batch size is a number, or ``[[resolution, size], ...]``, of which each bucket takes the entry
-    of the nearest resolution; those that are not set follow ``micro_batch_size_per_gpu``.
+    of the nearest resolution; those that are not set follow ``micro_batch_size_per_gpu``. A step
+    takes that times ``gradient_accumulation_steps`` times the GPUs that have examples of their own
+    (``[parallel]`` data and fsdp), or ``global_batch_size`` clips on any number of GPUs: then it
+    accumulates as often as that takes.
     ``i2v_first_frames`` latent frames are given in image-to-video examples, or one of a list of
     such numbers, drawn for each; ``i2v_last_frame_fraction`` of these examples have the last one
     given too. At most one of ``huber_delta``, ``smooth_l1_beta`` and ``pseudo_huber_c`` replaces
@@ -123,6 +126,7 @@ class TrainConfig(Table):
     adapter: AdapterConfig | None = None
     full: FullConfig | None = None
     sample: SampleConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: SerializeAsAny[Options] = AdamW()
     epochs: int = Field(ge=1)
     max_steps: int | None = Field(None, ge=1)
@@ -140,6 +144,7 @@ class TrainConfig(Table):
     eval_i2v: bool = False
     disable_block_swap_for_eval: bool = False
     gradient_accumulation_steps: int = Field(1, ge=1)
+    global_batch_size: int | None = Field(None, ge=1)
     gradient_clipping: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -203,13 +208,20 @@ class TrainConfig(Table):
     @property
     def global_batch(self) -> int:
         """Clips of one step."""
-        return self.micro_batch * self.gradient_accumulation_steps
+        shards = self.parallel.split.batch_shards
+        per_step = self.micro_batch * shards * self.gradient_accumulation_steps
+        return self.global_batch_size or per_step
 
     @property
     def micro_batch(self) -> int:
-        """Clips of a forward pass as examples are counted: the first size of a list."""
+        """Clips of a GPU's forward pass as examples are counted: the first size of a list."""
         size = self.micro_batch_size_per_gpu
         return size if isinstance(size, int) else size[0][1]
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step sums the gradients of several micro-batches."""
+        return self.global_batch > self.micro_batch * self.parallel.split.batch_shards
 
     @property
     def batching(self) -> Batching:
@@ -219,6 +231,8 @@ class TrainConfig(Table):
             size,
             self.image_micro_batch_size_per_gpu or size,
             accumulation=self.gradient_accumulation_steps,
+            num_shards=self.parallel.split.batch_shards,
+            per_step=self.global_batch_size,
         )
 
     @property
@@ -230,6 +244,7 @@ class TrainConfig(Table):
             size,
             images or self.image_eval_micro_batch_size_per_gpu or size,
             accumulation=self.eval_gradient_accumulation_steps,
+            num_shards=self.parallel.split.batch_shards,
         )
 
     @property
@@ -269,58 +284,6 @@ class TrainConfig(Table):
         return [Penalty(kind, scale) for kind, scale in asked if scale is not None]
 
 
-class ClipKeys(Table):
-    """What may stand at the top of the dataset file, and differently in one ``[[directory]]``.
-
-    ``video_clip_mode`` wins over that of the main file; 'uniform' takes ``clips_per_video`` clips
-    of each file. ``skip_empty_caption`` says what a clip without caption is: left out (true), or
-    trained with '' (false); an error if it is not set.
-    """
-
-    num_repeats: Number = Field(1, gt=0, le=10**6)
-    resolutions: list[Number | list[Number]] | None = None
-    enable_ar_bucket: bool = False
-    min_ar: Number | None = Field(None, gt=0)
-    max_ar: Number | None = Field(None, gt=0)
-    num_ar_buckets: int | None = Field(None, ge=1, le=1000)
-    ar_buckets: list[Number | list[Number]] | None = None
-    frame_buckets: list[int] = Field(default=[1])
-    size_buckets: list[list[int]] | None = None
-    caption_prefix: str = ""
-    shuffle_tags: bool = False
-    cache_shuffle_num: int = Field(0, ge=0, le=1000)
-    cache_shuffle_delimiter: str = Field(", ", min_length=1)
-    skip_empty_caption: bool | None = None
-    recursive: bool = False
-    video_clip_mode: ClipMode | None = None
-    clips_per_video: int | None = Field(None, ge=1, le=1000)
-    shuffle_metadata: Any = None
-    online_captions: Any = None
-
-
-class DirectoryConfig(ClipKeys):
-    """One ``[[directory]]`` of clips; a key that it does not set comes from the top of the file.
-
-    ``fps`` is taken for the rate of its videos, whatever they say. ``mask_path`` and
-    ``first_frame_path`` are folders of pictures named like the clips.
-    """
-
-    path: str
-    fps: Number | None = Field(None, ge=0.1, le=1000)
-    mask_path: str | None = None
-    default_mask_file: str | None = None
-    first_frame_path: str | None = None
-    control_path: Any = None
-
-
-class DatasetConfig(ClipKeys):
-    """The dataset file; its ``uncond_fraction`` wins over that of the main file."""
-
-    directory: list[DirectoryConfig] = Field(min_length=1)
-    subsample_ratio: Number | None = Field(None, gt=0, le=1)
-    uncond_fraction: Number | None = Field(None, ge=0, le=1)
-
-
 TableT = TypeVar("TableT", bound=BaseModel)
 
 
@@ -356,6 +319,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"{path}: lr = {config.lr} and [optimizer] lr = {config.optimizer.lr} differ"
         )
     _check_adapter(config, path)
+    if config.global_batch_size is not None and config.gradient_accumulation_steps > 1:
+        raise BadInput(
+            f"{path}: global_batch_size says how many micro-batches a step takes; leave out "
+            "gradient_accumulation_steps"
+        )
     if isinstance(config.optimizer, ScheduleFreeAdamW) and config.lr_scheduler != "constant":
         raise BadInput(
             f"{path}: lr_scheduler = {config.lr_scheduler!r}: {config.optimizer.type} averages "

@@ -6,12 +6,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wan22_jax.config import ClipMode, DatasetConfig, DirectoryConfig, load_dataset
+from wan22_jax.config import load_dataset
 from wan22_jax.data.buckets import BucketRule, make_rule
 from wan22_jax.data.cache import Cache, open_cache
 from wan22_jax.data.captions import CaptionRule
 from wan22_jax.data.cuts import CutRule
 from wan22_jax.data.survey import Folder
+from wan22_jax.dataset_config import ClipMode, DatasetConfig, DirectoryConfig
 from wan22_jax.errors import BadInput
 
 _RULE_KEYS = (

@@ -41,7 +41,7 @@ from wan22_jax.dataset import (
     read_directories,
 )
 from wan22_jax.errors import BadInput, one_line, run_command
-from wan22_jax.examples import describe_step, open_loader
+from wan22_jax.examples import describe_step, open_loader, open_training_caches
 from wan22_jax.model_folder import (
     load_fitting_text_encoder,
     load_vae,
@@ -190,7 +190,8 @@ def show_batch(config: TrainConfig, step: int) -> None:
     if not 1 <= step <= MAX_STEP:
         raise BadInput(f"--show-batch {step}: steps count from 1 and end at {MAX_STEP}")
     jax.config.update("jax_platforms", "cpu")  # a GPU may be training meanwhile; draws are the same
-    loader = open_loader(config, read_model_card(Path(config.model.ckpt_path)))
+    card = read_model_card(Path(config.model.ckpt_path))
+    loader = open_loader(config, open_training_caches(config, card))
     for line in describe_step(config, loader, step - 1):
         _print(line)
 

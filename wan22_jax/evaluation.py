@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 
 from wan22_jax.config import TrainConfig, load_dataset
 from wan22_jax.data.cache import name_encoders
@@ -44,7 +44,7 @@ def make_evaluator(
     *,
     graphdef: nnx.GraphDef,
     frozen: Frozen,
-    sharding: Sharding,
+    sharding: NamedSharding,
 ) -> Evaluator | None:
     """Makes what evaluates the sets of ``open_eval_sets``, or None if there are none.
 

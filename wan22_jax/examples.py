@@ -1,5 +1,6 @@
 """What does step k of a run train on: which clips, captions, noise levels and tasks?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan22_jax.config import TrainConfig, load_dataset
-from wan22_jax.data.cache import name_encoders
+from wan22_jax.data.cache import Cache, name_encoders
 from wan22_jax.data.loader import Loader, make_loader
 from wan22_jax.dataset import choose_uncond_fraction, open_caches
 from wan22_jax.errors import BadInput
@@ -17,22 +18,45 @@ from wan22_jax.model_folder import ModelCard
 from wan22_jax.training.draws import IMAGE_TO_VIDEO, draw_examples
 from wan22_jax.training.step import split_seed
 
+Caches = Sequence[tuple[Cache, float | int]]
 
-def open_loader(config: TrainConfig, card: ModelCard) -> Loader:
-    """Opens the caches of the data set for a run.
+
+def open_training_caches(config: TrainConfig, card: ModelCard) -> Caches:
+    """Opens the caches of the data set, each with its ``num_repeats``; see ``open_caches``."""
+    encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
+    dataset = Path(config.dataset)
+    return open_caches(dataset, encoders=encoders, clip_mode=config.video_clip_mode)
+
+
+def open_loader(
+    config: TrainConfig, caches: Caches, *, own: tuple[range, int] = (range(1), 1)
+) -> Loader:
+    """Opens what a run reads its steps from.
+
+    Args:
+        config: of the run; its ``parallel`` says how many clips are taken at a time.
+        caches: from ``open_training_caches``.
+        own: see ``make_loader``.
 
     Raises:
-        BadInput: as ``open_caches`` and ``make_loader``.
+        BadInput: as ``make_loader``.
     """
     dataset = Path(config.dataset)
-    encoders = name_encoders(card.digests, vae_dtype=config.model.vae_dtype)
     return make_loader(
-        open_caches(dataset, encoders=encoders, clip_mode=config.video_clip_mode),
+        caches,
         seed=config.seed,
         batching=config.batching,
         subsample_ratio=load_dataset(dataset).subsample_ratio,
         uncond_fraction=choose_uncond_fraction(dataset, in_main_file=config.uncond_fraction),
+        own=own,
     )
+
+
+def count_tokens(config: TrainConfig, caches: Caches) -> int:
+    """Returns how many tokens the largest micro-batch of one device has."""
+    buckets = {bucket for cache, _ in caches for bucket in cache.clips.buckets}
+    batching = config.batching._replace(num_shards=1)
+    return max((bucket.num_tokens * batching.micro_batch(bucket) for bucket in buckets), default=0)
 
 
 def make_grid(config: TrainConfig, bucket: Bucket) -> jax.Array:

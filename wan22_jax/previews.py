@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from PIL import Image
 
 from wan22_jax.config import TrainConfig
@@ -166,7 +166,7 @@ class Previewer:
         *,
         graphdef: nnx.GraphDef,
         frozen: Frozen,
-        sharding: Sharding,
+        sharding: NamedSharding,
     ):
         self._prepared, self._run_dir = prepared, run_dir
         self._graphdef, self._frozen, self._sharding = graphdef, frozen, sharding

@@ -24,6 +24,7 @@ from wan22_jax.model.block_weights import Adapters, Arrays, BlockWeights, join_l
 from wan22_jax.model.fused import Activation
 from wan22_jax.model.lora import LowRank
 from wan22_jax.model.rope import rope_tables
+from wan22_jax.model.shards import ONE_DEVICE, Tokens
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer, run_block
 from wan22_jax.model_folder import abstract_transformer
 from wan22_jax.model_tensors import Tensors, read_float32, stacked_weight_shapes
@@ -154,7 +155,8 @@ def predict(config: TransformerConfig, variants: Sequence[Variant]) -> list[np.n
         rope = rope_tables(grid_TYX, config.dim // config.num_heads)
         context = (time_BTMD, Activation(text_BSD.reshape(-1, config.dim)), rope)
         states.append((x_BLD, context))
-        heads.append(partial(model.head, time_BTD=time_BTD, grid_TYX=grid_TYX))
+        tokens = Tokens(ONE_DEVICE, num_frames=grid_TYX[0], count=x_BLD.shape[1])
+        heads.append(partial(model.head, time_BTD=time_BTD, grid_TYX=grid_TYX, tokens=tokens))
     for layer in range(config.num_layers):
         blocks: dict[int, Arrays] = {}  # by the weights that they are of
         for number, (variant, (x_BLD, context)) in enumerate(zip(variants, states, strict=True)):
@@ -220,7 +222,10 @@ def _run_block(
     *,
     config: TransformerConfig,
 ) -> jax.Array:
-    return run_block(x_BLD, BlockWeights(join_linears(arrays), adapters), *context, config=config)
+    weights = BlockWeights(join_linears(arrays), adapters)
+    frames = context[0].shape[1]
+    tokens = Tokens(ONE_DEVICE, num_frames=frames, count=x_BLD.shape[1])
+    return run_block(x_BLD, weights, *context, config=config, tokens=tokens)
 
 
 def _multiply(adapter: Adapter) -> np.ndarray:

@@ -21,7 +21,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.training.step import TrainState
 
 _DAMAGED = ".damaged"
-_COMPARED = ("config", "dataset", "steps_per_epoch")
+_COMPARED = ("config", "parallel", "dataset", "steps_per_epoch")
 log = logging.getLogger(__name__)
 
 

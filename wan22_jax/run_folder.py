@@ -60,6 +60,7 @@ def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[s
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
         "config": config.model_dump(exclude_none=True),
+        "parallel": config.parallel.split._asdict(),
         "dataset": load_dataset(Path(config.dataset)).model_dump(exclude_none=True),
     }
 

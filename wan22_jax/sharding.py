@@ -3,10 +3,14 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wan22_jax.model.shards import AXES, CONTEXT, DATA, FSDP, Shards, is_split
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +27,114 @@ _DETERMINISTIC = "xla_gpu_deterministic_ops"
 _PLANNED_MEMORY = "xla_gpu_memory_limit_slop_factor"  # percent of the GPU's
 
 
-def make_mesh() -> Mesh:
-    """Makes the mesh of the first local device (axis "data")."""
-    return Mesh(np.array(jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+class Split(NamedTuple):
+    """Among how many devices each is divided."""
+
+    data: int = 1  # examples; every device has all weights
+    fsdp: int = 1  # examples, and the rows of the blocks' matrices
+    context: int = 1  # the tokens of each example
+
+    @property
+    def num_devices(self) -> int:
+        """Of all together."""
+        return self.data * self.fsdp * self.context
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts of a micro-batch."""
+        return self.data * self.fsdp
+
+
+def make_mesh(split: Split | None = None) -> Mesh:
+    """Makes the mesh of the first local device or, given a split, of the first ones of all."""
+    devices = jax.local_devices()[:1] if split is None else jax.devices()[: split.num_devices]
+    grid = np.array(devices).reshape(split or Split())
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def specs_of(tree: Any) -> Any:
+    """Says of each array of a tree how it is divided."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+
+
+def shards_of(mesh: Mesh) -> Shards:
+    """What a model is told of a mesh, inside of a shard_map over all its axes."""
+    return Shards(context=mesh.shape[CONTEXT], fsdp=mesh.shape[FSDP])
+
+
+def of_examples(mesh: Mesh) -> NamedSharding:
+    """Arrays [A, B, ...]: each device has its examples of every micro-batch."""
+    return NamedSharding(mesh, PartitionSpec(None, (DATA, FSDP)))
+
+
+def of_array(sharding: NamedSharding, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array of a block lies that is named as in it; matrices are divided by rows.
+
+    Leading axes of more than a matrix (stacked layers) stay whole.
+    """
+    if not is_split(name, 2) or len(shape) not in (2, 3):
+        return sharding
+    spec = PartitionSpec(*(None,) * (len(shape) - 2), FSDP)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """``jax.device_put``, also where other processes have some of the devices.
+
+    There, every process has to have the same values; they are not compared.
+    """
+
+    def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put_leaf(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: put_leaf(leaf, shardings), tree)
+    return jax.tree.map(put_leaf, tree, shardings)
+
+
+def put_examples(tree: Any, mesh: Mesh, *, total: int, own: range | None = None) -> Any:
+    """Puts arrays [A, B, ...] of this process where their examples are computed.
+
+    Args:
+        tree: of NumPy arrays: the examples that this process has of each micro-batch.
+        mesh: of all devices.
+        total: examples of a micro-batch in all processes.
+        own: which parts of it these are, from ``own_examples``; None: all.
+    """
+    sharding = of_examples(mesh)
+    first = 0 if own is None else own.start * total // (mesh.shape[DATA] * mesh.shape[FSDP])
+
+    def put_leaf(leaf: np.ndarray) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+
+        def take(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(total)
+            return leaf[:, start - first : stop - first]
+
+        shape = (leaf.shape[0], total, *leaf.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, take)
+
+    return jax.tree.map(put_leaf, tree)
+
+
+def own_examples(mesh: Mesh) -> range:
+    """Which parts of a micro-batch, of ``Split.batch_shards``, this process computes on."""
+    here = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+    context = mesh.devices.shape[-1]
+    parts = [number // context for number, is_here in enumerate(here) if is_here]
+    return range(parts[0], parts[-1] + 1)
 
 
 def claim_gpu(*, deterministic: bool = False, counts_host: bool = False) -> None:

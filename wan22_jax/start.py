@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding
 
 from wan22_jax.adapter import add_adapter, start_from_existing
 from wan22_jax.config import TrainConfig
 from wan22_jax.errors import BadInput
 from wan22_jax.full_config import FullConfig
 from wan22_jax.model.remat import POLICIES
-from wan22_jax.model_folder import ModelCard, abstract_transformer, load_transformer
+from wan22_jax.model_folder import FLOAT8, ModelCard, abstract_transformer, load_transformer
+from wan22_jax.parallel import Workload, choose_split
+from wan22_jax.sharding import device_memory, make_mesh, put
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.frozen import place_frozen
 from wan22_jax.training.full import describe_full, place_full, split_full
@@ -97,7 +99,7 @@ def plan_memory(
         weights=full.weights,
         rounding=full.weight_rounding,
         offload_optimizer=full.offload_optimizer,
-        accumulates=config.gradient_accumulation_steps > 1,
+        accumulates=config.accumulates,
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=config.micro_batch,
         num_parameters=sum(leaf.size for leaf in masters.values()),
@@ -105,6 +107,61 @@ def plan_memory(
         gradient_bytes=_count_bytes(describe_full(model, dtype=config.model.dtype)),
         state_bytes=_count_bytes(jax.eval_shape(optimizer.init, masters)),
     )
+
+
+def choose_devices(
+    config: TrainConfig, card: ModelCard, *, dtype: str, num_tokens: int
+) -> tuple[TrainConfig, Mesh]:
+    """Decides what ``[parallel]`` leaves open; returns the config with it, and the mesh.
+
+    A CPU's devices share its cores: one a process takes part, unless more are asked for.
+
+    Args:
+        config: of the run.
+        card: of the model's folder.
+        dtype: of frozen weights.
+        num_tokens: of the largest micro-batch of a device.
+
+    Raises:
+        BadInput: see ``choose_split``.
+    """
+    model = abstract_transformer(card.transformer, float8=dtype == FLOAT8)
+    num_bytes = _count_bytes(nnx.state(model))
+    if dtype == "bfloat16":
+        num_bytes //= 2  # abstract weights are float32
+    if config.adapter is None:
+        full = config.full or FullConfig()
+        num_bytes *= 2 if full.offload_optimizer else 4  # weights, gradients, two moments
+        if full.weights == "bfloat16":
+            num_bytes //= 2
+    sizes = card.transformer
+    work = Workload(
+        sizes.dim,
+        sizes.ffn_dim,
+        sizes.num_heads,
+        sizes.num_layers,
+        trains_all=config.adapter is None,
+        state_bytes=num_bytes,
+        activation_checkpointing=config.activation_checkpointing,
+        num_tokens=num_tokens,
+    )
+    num_devices = jax.device_count()
+    if jax.default_backend() == "cpu":
+        asked = config.parallel.split.num_devices
+        num_devices = max(jax.process_count(), asked)
+        if asked > jax.device_count():
+            raise BadInput(f"[parallel] asks for {asked} devices, there are {jax.device_count()}")
+    split, reason = choose_split(
+        config.parallel, work, num_devices=num_devices, memory_bytes=device_memory()
+    )
+    mesh = make_mesh(split)
+    kind = mesh.devices.flat[0].device_kind
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    log.info(
+        "devices: %d x %s%s: data %d x fsdp %d x context %d%s",
+        *(split.num_devices, kind, hosts, *split, f" ({reason})" if reason else ""),
+    )
+    return config.model_copy(update={"parallel": config.parallel.fix(split)}), mesh
 
 
 def choose_optimizer(config: TrainConfig, inner: optax.GradientTransformation) -> Optimizer:
@@ -130,7 +187,7 @@ def start_training(
     dtype: str,
     key: jax.Array,
     is_new: bool,
-    sharding: Sharding,
+    sharding: NamedSharding,
 ) -> Training:
     """Loads the model and makes the state before the first step.
 
@@ -153,17 +210,17 @@ def start_training(
         graphdef, weights, template = split_full(model, dtype=config.model.dtype)
         del model
         masters = place_full(weights, sharding, dtype=full.weights)
-        step = jax.device_put(jnp.zeros((), jnp.int32), sharding)
+        step = put(jnp.zeros((), jnp.int32), sharding)
         ema = start_ema(masters) if config.ema_decay > 0 else None
-        state = TrainState(step, masters, optimizer.place_state(masters, sharding), ema)
-        return Training(graphdef, optimizer, state, Frozen(jax.device_put(template, sharding)))
+        state = TrainState(step, masters, optimizer.place_state(masters), ema)
+        return Training(graphdef, optimizer, state, Frozen(put(template, sharding)))
     model = load_transformer(folder, dtype=dtype, host=True)
     add_adapter(model, key, config.lora_targets)
     if config.adapter and config.adapter.init_from_existing and is_new:
         log.info("%s", start_from_existing(model, Path(config.adapter.init_from_existing)))
     graphdef, trainable, frozen = split_model(model)
     state = init_state(trainable, optimizer, ema_decay=config.ema_decay)
-    state = jax.device_put(state, sharding)
+    state = put(state, sharding)
     placed = place_frozen(
         frozen,
         activation_checkpointing=config.activation_checkpointing,

@@ -16,7 +16,7 @@ from wan22_jax.checkpoint import open_checkpoints
 from wan22_jax.config import list_ignored, load_config
 from wan22_jax.errors import run_command
 from wan22_jax.evaluation import evaluate, make_evaluator, open_eval_sets
-from wan22_jax.examples import make_grid, open_loader
+from wan22_jax.examples import count_tokens, make_grid, open_loader, open_training_caches
 from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import choose_transformer_dtype, read_model_card
 from wan22_jax.monitoring import open_progress
@@ -25,8 +25,22 @@ from wan22_jax.processes import add_process_arguments, run_together
 from wan22_jax.resuming import NOTHING, Reset, resume_state
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.saving import Saver, name_checkpoint
-from wan22_jax.sharding import claim_gpu, describe_peak_memory, keep_compiled, make_mesh, replicated
-from wan22_jax.start import check_deterministic, choose_optimizer, plan_memory, start_training
+from wan22_jax.sharding import (
+    claim_gpu,
+    describe_peak_memory,
+    keep_compiled,
+    own_examples,
+    put,
+    put_examples,
+    replicated,
+)
+from wan22_jax.start import (
+    check_deterministic,
+    choose_devices,
+    choose_optimizer,
+    plan_memory,
+    start_training,
+)
 from wan22_jax.stopping import listen
 from wan22_jax.training.cadence import Cadence
 from wan22_jax.training.memory import explain_exhaustion
@@ -113,7 +127,11 @@ def train(
         dtype=config.model.dtype,
         transformer_dtype=config.model.transformer_dtype,
     )
-    loader = open_loader(config, card)
+    caches = open_training_caches(config, card)
+    tokens = count_tokens(config, caches)
+    config, mesh = choose_devices(config, card, dtype=dtype, num_tokens=tokens)
+    sharding, own = replicated(mesh), own_examples(mesh)
+    loader = open_loader(config, caches, own=(own, config.parallel.split.batch_shards))
     for line in [*list_ignored(config), *loader.report]:
         log.info("%s", line)
     log.info("%d steps an epoch", loader.steps_per_epoch)
@@ -128,8 +146,6 @@ def train(
     epochs_end = config.epochs * loader.steps_per_epoch - offset
     total_steps = min(epochs_end, config.max_steps or sys.maxsize)
 
-    sharding = replicated(make_mesh())
-    log.info("devices: %s (the first one trains)", ", ".join(map(str, jax.local_devices())))
     lora_key, draw_key = split_seed(config.seed)
     log.info("optimizer: %s", describe_optimizer(config))
     schedule = make_schedule(config, total_steps=total_steps - run.start.schedule_start)
@@ -164,7 +180,7 @@ def train(
             is_new=not resume,
             sharding=sharding,
         )
-        draw_key = jax.device_put(draw_key, sharding)
+        draw_key = put(draw_key, sharding)
     train_step = compile_train_step(
         graphdef,
         optimizer,
@@ -176,8 +192,8 @@ def train(
             lora_dropout=0.0 if config.adapter is None else config.adapter.dropout,
             ema_decay=config.ema_decay,
         ),
-        sharding=sharding,
-        opt_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.opt_state),
+        state=state,
+        frozen=frozen,
     )
     evaluator = make_evaluator(
         config, eval_sets, graphdef=graphdef, frozen=frozen, sharding=sharding
@@ -218,8 +234,9 @@ def train(
             ):
                 is_new = item.bucket not in grids
                 if is_new:
-                    grids[item.bucket] = jax.device_put(make_grid(config, item.bucket), sharding)
-                batch = jax.device_put(item.batch, sharding)
+                    grids[item.bucket] = put(make_grid(config, item.bucket), sharding)
+                size = config.batching.micro_batch(item.bucket)
+                batch = put_examples(item.batch, mesh, own=own, total=size)
                 with explain_exhaustion(plan, item.bucket):
                     state, metrics = train_step(state, frozen, batch, draw_key, grids[item.bucket])
                     done, epoch = step + 1, (step + offset) // loader.steps_per_epoch + 1

@@ -1,15 +1,20 @@
 """How does a model answer a sampler: its weights where they fit, and the velocity they give?"""
 
+import functools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from wan22_jax.model.shards import ONE_DEVICE, Shards
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8
 from wan22_jax.sampling import Velocity
+from wan22_jax.sharding import put, shards_of, specs_of
 from wan22_jax.training.frozen import Frozen, place_frozen
 from wan22_jax.training.full import Trainable, merge_model
 from wan22_jax.training.step import split_model
@@ -19,7 +24,7 @@ _ON_THE_WAY = 2  # streamed blocks that are on the device at a time
 
 
 def place_velocity(
-    model: WanTransformer, *, blocks_to_swap: int = 0, sharding: Sharding
+    model: WanTransformer, *, blocks_to_swap: int = 0, sharding: NamedSharding
 ) -> Velocity:
     """Puts a model where it computes from; its linears are joined there, so it is copied.
 
@@ -33,7 +38,7 @@ def place_velocity(
     placed = place_frozen(
         frozen, activation_checkpointing=True, blocks_to_swap=blocks_to_swap, sharding=sharding
     )
-    return make_velocity(graphdef, jax.device_put(trainable, sharding), placed, sharding=sharding)
+    return make_velocity(graphdef, put(trainable, sharding), placed, sharding=sharding)
 
 
 def choose_blocks_to_swap(
@@ -61,40 +66,71 @@ def choose_blocks_to_swap(
 
 
 def make_velocity(
-    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen, *, sharding: Sharding
+    graphdef: nnx.GraphDef, trainable: Trainable, frozen: Frozen, *, sharding: NamedSharding
 ) -> Velocity:
     """Makes the velocity of weights that are in place, those of a training run for example.
+
+    Of several devices, those that share clips (axis "context") compute it together, and all the
+    same; every process has to call it then, and gets it on a device of its own.
 
     Args:
         graphdef: structure of the model.
         trainable: adapters, or all weights by name.
         frozen: from ``place_frozen``.
-        sharding: of what is on the device; arguments are put there, so that the program is
+        sharding: of what every device has; arguments are put there, so that the program is
             compiled once, whatever their own is.
     """
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)
+    predict = _predict
+    if mesh.size > 1:
+        weights = specs_of(trainable), specs_of(frozen)
+        leaves, structure = jax.tree.flatten(weights)
+        predict = _make_sharded(graphdef, mesh, tuple(leaves), structure)
 
     def velocity(*inputs: jax.Array) -> jax.Array:
-        return _predict(graphdef, trainable, frozen, *jax.device_put(inputs, sharding))
+        out = predict(graphdef, trainable, frozen, *put(inputs, sharding))
+        return out if out.is_fully_addressable else out.addressable_data(0)
 
     return velocity
 
 
-@partial(jax.jit, static_argnums=0)
-def _predict(
+def _compute(
     graphdef: nnx.GraphDef,
     trainable: Trainable,
     frozen: Frozen,
-    latents_BTYXC: jax.Array,
-    sigma_BT: jax.Array,
-    text_BSE: jax.Array,
+    *inputs: jax.Array,
+    shards: Shards = ONE_DEVICE,
 ) -> jax.Array:
     model, parts = merge_model(graphdef, trainable, frozen)
     return model(
-        latents_BTYXC,
-        sigma_BT,
-        text_BSE,
+        *inputs,  # noisy latents, noise levels, text
         float32_residual=True,  # as the original samples
         activation_checkpointing=True,  # streamed blocks do not even make what nothing needs
         parts=parts,
         differentiable=False,
+        shards=shards,
     )
+
+
+_predict = jax.jit(_compute, static_argnums=0)
+
+
+@functools.lru_cache(4)
+def _make_sharded(
+    graphdef: nnx.GraphDef, mesh: Mesh, specs: tuple, structure: Any
+) -> Callable[..., jax.Array]:
+    """``_predict`` on a mesh: one function, and so one program, for weights that lie alike."""
+    of_trainable, of_frozen = jax.tree.unflatten(structure, specs)
+    compute = partial(_compute, graphdef, shards=shards_of(mesh))
+    everywhere = PartitionSpec()
+    sharded = jax.jit(
+        jax.shard_map(
+            compute,
+            mesh=mesh,
+            in_specs=(of_trainable, of_frozen, everywhere, everywhere, everywhere),
+            out_specs=everywhere,
+            check_vma=False,
+        )
+    )
+    return lambda _, *arguments: sharded(*arguments)

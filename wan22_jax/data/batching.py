@@ -17,17 +17,26 @@ class Batching(NamedTuple):
 
     sizes: Sizes  # one or more
     image_sizes: Sizes  # of buckets with one frame
-    accumulation: int = 1  # micro-batches of a step
+    accumulation: int = 1  # micro-batches of a step ...
+    num_shards: int = 1  # devices, or groups of them, that take one of these sizes each
+    clips_per_step: int | None = None  # ... or as many as have so many clips
 
     def micro_batch(self, bucket: Bucket) -> int:
-        """Clips of one forward pass."""
+        """Clips of one forward pass, of all devices together."""
         side = (bucket.width_px * bucket.height_px) ** 0.5
         sizes = self.image_sizes if bucket.frames == 1 else self.sizes
-        return min(sizes, key=lambda entry: abs(entry[0] - side))[1]
+        return min(sizes, key=lambda entry: abs(entry[0] - side))[1] * self.num_shards
+
+    def micro_batches(self, bucket: Bucket) -> int:
+        """Forward passes of one optimizer step; 0 if its clips do not divide into them."""
+        if self.clips_per_step is None:
+            return self.accumulation
+        count, rest = divmod(self.clips_per_step, self.micro_batch(bucket))
+        return 0 if rest else count
 
     def per_step(self, bucket: Bucket) -> int:
         """Clips of one optimizer step."""
-        return self.micro_batch(bucket) * self.accumulation
+        return self.clips_per_step or self.micro_batch(bucket) * self.accumulation
 
     def __str__(self) -> str:
         sizes, images = _describe(self.sizes), _describe(self.image_sizes)
@@ -35,10 +44,15 @@ class Batching(NamedTuple):
 
 
 def make_batching(
-    size: int | list[list[int]], image_size: int | list[list[int]], *, accumulation: int = 1
+    size: int | list[list[int]],
+    image_size: int | list[list[int]],
+    *,
+    accumulation: int = 1,
+    num_shards: int = 1,
+    per_step: int | None = None,
 ) -> Batching:
     """Makes it of the config's values: one size for all, or ``[[resolution, size], ...]``."""
-    return Batching(_read(size), _read(image_size), accumulation)
+    return Batching(_read(size), _read(image_size), accumulation, num_shards, per_step)
 
 
 class EpochLength(NamedTuple):

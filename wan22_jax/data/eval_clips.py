@@ -12,7 +12,7 @@ import numpy as np
 from wan22_jax.batch import Batch
 from wan22_jax.data.batching import Batching
 from wan22_jax.data.cache import Cache
-from wan22_jax.data.loader import Chosen, has_masks, list_entries, read_batch
+from wan22_jax.data.entries import Chosen, has_masks, list_entries, read_batch
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 
@@ -61,7 +61,7 @@ class EvalSet:
 
     def _read(self, examples: list[Chosen], bucket: Bucket, *, masked: bool) -> EvalBatch:
         size = self._batching.per_step(bucket)
-        shape_AB = self._batching.accumulation, self._batching.micro_batch(bucket)
+        shape_AB = self._batching.micro_batches(bucket), self._batching.micro_batch(bucket)
         is_real = np.arange(size) < len(examples)
         filled = examples + examples[-1:] * (size - len(examples))
         return EvalBatch(

@@ -15,18 +15,16 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
-import ml_dtypes
 import numpy as np
 
 from wan22_jax.batch import Batch
 from wan22_jax.data.batching import Batching, count_steps
 from wan22_jax.data.cache import Cache
+from wan22_jax.data.entries import Chosen, has_masks, list_entries, read_batch
 from wan22_jax.data.index import NOWHERE
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
-from wan22_jax.text import pad_text
 
-_ENTRY = np.dtype([("cache", np.uint16), ("clip", np.int32), ("caption", np.int32)])
 _UNCOND = 1  # sets the draws of caption dropout apart from those of the order
 
 
@@ -38,23 +36,6 @@ class Step(NamedTuple):
     clips: tuple[str, ...]  # file names of the global batch, in its order
 
 
-class Chosen(NamedTuple):
-    """One example of a step."""
-
-    cache: Cache
-    clip: int  # its number in the cache
-    caption: int | None  # which one; None: replaced by the empty caption
-
-    @property
-    def file(self) -> str:
-        """The name of its file."""
-        return self.cache.clips.file(self.clip)
-
-    def read_caption(self) -> str:
-        """Reads the caption that it trains with; raises BadInput if the record is damaged."""
-        return self.cache.read_caption(self.clip, caption=self.caption)
-
-
 def make_loader(
     caches: Sequence[tuple[Cache, float | int]],
     *,
@@ -62,8 +43,7 @@ def make_loader(
     batching: Batching,
     subsample_ratio: float | int | None = None,
     uncond_fraction: float | int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: tuple[range, int] = (range(1), 1),
 ) -> "Loader":
     """Builds the loader over one or more caches.
 
@@ -74,12 +54,11 @@ def make_loader(
             passes in one step.
         subsample_ratio: an epoch ends after this share of its steps; others every time.
         uncond_fraction: probability that the empty caption takes the place of a clip's own.
-        process_index: reads this part of every micro-batch ...
-        process_count: ... of so many equal ones.
+        own: reads these parts of every micro-batch, of so many equal ones.
 
     Raises:
         BadInput: no bucket has as many clips as one step takes, an epoch has no step, a cache has
-            no empty caption though one is asked for, or micro-batches do not divide.
+            no empty caption though one is asked for, or steps do not divide into micro-batches.
     """
     for cache, _ in caches:
         if uncond_fraction and cache.uncond_row == NOWHERE:
@@ -91,10 +70,11 @@ def make_loader(
     counts = {bucket: len(entries[bucket]) for bucket in sorted(entries)}
     length = count_steps(counts, batching, subsample_ratio=subsample_ratio)
     for bucket in counts:
-        if (size := batching.micro_batch(bucket)) % process_count:
+        if not batching.micro_batches(bucket):
             raise BadInput(
-                f"a micro-batch of {size} clips does not divide among {process_count} "
-                "processes; make micro_batch_size_per_gpu x GPUs a multiple of them"
+                f"global_batch_size = {batching.clips_per_step}: {bucket} takes "
+                f"{batching.micro_batch(bucket)} clips a forward pass (micro_batch_size_per_gpu x "
+                "GPUs that have examples of their own); give a multiple of that"
             )
     report = [_describe(bucket, counts[bucket], batching.per_step(bucket)) for bucket in counts]
     usable = {bucket: entries[bucket] for bucket in counts if length.steps[bucket]}
@@ -122,8 +102,7 @@ def make_loader(
         batching=batching,
         steps_per_epoch=length.kept,
         uncond_fraction=uncond_fraction,
-        process_index=process_index,
-        process_count=process_count,
+        own=own,
         report=report,
     )
 
@@ -146,8 +125,7 @@ class Loader:
         batching: Batching,
         steps_per_epoch: int,
         uncond_fraction: float | int,
-        process_index: int,
-        process_count: int,
+        own: tuple[range, int],
         report: Sequence[str],
     ):
         self._caches = caches
@@ -158,7 +136,7 @@ class Loader:
         self._masked = [has_masks(caches, some) for some in entries.values()]
         self._seed = seed
         self._batching = batching
-        self._process = process_index, process_count
+        self._own = own
         self._uncond_fraction = uncond_fraction
         self._order = functools.lru_cache(2)(self._shuffle)  # steps read ahead span two epochs
         self.steps_per_epoch = steps_per_epoch
@@ -207,65 +185,10 @@ class Loader:
 
     def _list_own(self, bucket: Bucket) -> np.ndarray:
         """Lists the positions in a global batch that this process reads, [A, B]."""
-        index, count = self._process
+        parts, count = self._own
         size = self._batching.micro_batch(bucket)
         positions_AB = np.arange(self._batching.per_step(bucket)).reshape(-1, size)
-        return positions_AB[:, size // count * index : size // count * (index + 1)]
-
-
-def read_batch(
-    examples: Sequence[Chosen], bucket: Bucket, *, shape_AB: tuple[int, ...], masked: bool
-) -> Batch:
-    """Reads examples of one bucket, A times B of them; raises BadInput where one is damaged.
-
-    Args:
-        examples: in the order of their places.
-        bucket: theirs.
-        shape_AB: micro-batches, and examples of each.
-        masked: whether the batch has masks; an example without one then gets ones.
-    """
-    clips = [one.cache.read(one.clip, caption=one.caption) for one in examples]
-
-    def split(arrays: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        array = np.asarray(arrays)
-        return array.reshape(*shape_AB, *array.shape[1:])
-
-    ones_YX = np.ones(bucket.latent_TYX[1:], ml_dtypes.bfloat16)
-    masks = [ones_YX if clip.mask_YX is None else clip.mask_YX for clip in clips]
-    return Batch(
-        split([clip.latents_TYXC for clip in clips]),
-        split(pad_text([clip.text_SE for clip in clips])),
-        split(masks) if masked else None,
-    )
-
-
-def list_entries(caches: Sequence[tuple[Cache, float | int]]) -> dict[Bucket, np.ndarray]:
-    """Lists what an epoch over caches, each with its ``num_repeats``, has of each bucket.
-
-    Each entry is a cache, a clip in it and one of its captions, all by number.
-    """
-    entries: dict[Bucket, list[np.ndarray]] = {}
-    for cache_number, (cache, num_repeats) in enumerate(caches):
-        num_captions_N = np.diff(cache.clips.text_end_N, prepend=0)
-        for bucket_number, bucket in enumerate(cache.clips.buckets):
-            clips = np.flatnonzero(cache.clips.bucket_N == bucket_number)
-            counts = num_captions_N[clips]
-            some = np.empty(counts.sum(), _ENTRY)
-            some["cache"] = cache_number
-            some["clip"] = np.repeat(clips, counts)
-            some["caption"] = np.arange(len(some)) - np.repeat(np.cumsum(counts) - counts, counts)
-            # First captions come first, so that half a repeat takes as many clips as it can.
-            some = some[np.argsort(some["caption"], kind="stable")]
-            entries.setdefault(bucket, []).append(np.resize(some, int(len(some) * num_repeats)))
-    return {bucket: np.concatenate(some) for bucket, some in entries.items()}
-
-
-def has_masks(caches: Sequence[Cache], entries: np.ndarray) -> bool:
-    """Whether any of these entries has a mask."""
-    return any(
-        bool(np.any(cache.clips.mask_row_N[entries["clip"][entries["cache"] == number]] != NOWHERE))
-        for number, cache in enumerate(caches)
-    )
+        return positions_AB[:, size // count * parts.start : size // count * parts.stop]
 
 
 def _describe(bucket: Bucket, clips: int, per_step: int) -> str:

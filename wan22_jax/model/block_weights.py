@@ -41,13 +41,17 @@ class BlockWeights(NamedTuple):
     def linear(self, name: str) -> LinearWeights:
         """Returns what a linear, or several that are joined, computes with."""
         scale, bias = (self.arrays.get(f"{name}.{leaf}") for leaf in ("weight_scale", "bias"))
+        dropout = self.dropout
+        if dropout is not None:  # 10 numbers for each linear, or for those that are joined
+            dropout = dropout.at(10 * list(self.adapters).index(name))
+            if name == "cross_attn.kv":  # which reads the text's rows
+                dropout = dropout._replace(rows_L=None)
         return LinearWeights(
             self.arrays[f"{name}.weight"],
             None if scale is None else scale.reshape(-1),
             bias,
             *self.adapters[name],
-            # 10 numbers for each linear, or for those that are joined.
-            None if self.dropout is None else self.dropout.at(10 * list(self.adapters).index(name)),
+            dropout,
         )
 
     def reads_rows(self, name: str) -> bool:

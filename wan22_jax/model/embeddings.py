@@ -1,4 +1,4 @@
-"""How latents and noise levels become the vectors that the transformer's blocks work on."""
+"""The ends of the transformer: latents and noise levels to vectors, and vectors to a velocity."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from wan22_jax.model.layers import along_last
+from wan22_jax.model.fused import layer_norm
+from wan22_jax.model.layers import Linear, along_last
+from wan22_jax.model.shards import Tokens
 
 
 class PatchEmbedding(nnx.Module):
@@ -35,6 +37,43 @@ class PatchEmbedding(nnx.Module):
         weight_DP = self.weight[...].reshape(dim, -1).astype(flat_BLP.dtype)
         x_BLD = jnp.dot(flat_BLP, weight_DP.T, precision=jax.lax.Precision.HIGHEST)
         return x_BLD + along_last(self.bias[...], x_BLD), grid_TYX
+
+
+class Head(nnx.Module):
+    """Final norm, modulation and projection; float32 throughout."""
+
+    def __init__(
+        self, dim: int, num_out: int, *, patch_size: Sequence[int], eps: float, rngs: nnx.Rngs
+    ):
+        self.num_out, self.patch_size, self.eps = num_out, tuple(patch_size), eps
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (1, 2, dim)) / np.sqrt(dim))
+        self.head = Linear(dim, num_out * int(np.prod(patch_size)), rngs=rngs)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        time_BTD: jax.Array,
+        grid_TYX: tuple[int, int, int],
+        tokens: Tokens,
+    ) -> jax.Array:
+        """Returns [B, T, Y, X, C]; within a token the channel is last, after row and column."""
+        B = x_BLD.shape[0]
+        T, Y, X = grid_TYX
+        _, rows, columns = self.patch_size
+        modulation_BT2D = self.modulation[...].astype(jnp.float32)[None] + time_BTD[:, :, None]
+        shift_BTD, scale_BTD = modulation_BT2D[:, :, 0], modulation_BT2D[:, :, 1]
+        x_BLD = modulate(layer_norm(x_BLD, eps=self.eps), shift_BTD, scale_BTD)
+        cells = tokens.all(self.head(x_BLD))
+        cells = cells.reshape(B, T, Y, X, rows, columns, self.num_out)
+        cells = cells.transpose(0, 1, 2, 4, 3, 5, 6)
+        return cells.reshape(B, T, Y * rows, X * columns, self.num_out)
+
+
+def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
+    """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
+    B, T, D = shift_BTD.shape
+    x_BTPD = x_BLD.reshape(B, T, -1, D) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+    return x_BTPD.reshape(x_BLD.shape)
 
 
 def sinusoid(timestep_BT: Float[Array, "B T"], freq_dim: int) -> Float[Array, "B T F"]:

@@ -24,13 +24,14 @@ class LowRank(NamedTuple):
 class Dropout(NamedTuple):
     """LoRA dropout: each element of what A reads is 0 with probability ``rate``, else scaled up.
 
-    The mask is a function of (key of the example, layer, target), so that a forward pass that is
-    computed again drops the same.
+    The mask of a row is a function of (key of the example, layer, target, number of the row), so
+    that a forward pass that is computed again drops the same, and so does one on several devices.
     """
 
     keys_BK: jax.Array  # uint32 key data, one key an example
     rate: jax.Array  # float32
     fold: jax.Array | int = 0  # what makes it the mask of one layer and target
+    rows_L: jax.Array | None = None  # numbers of an example's rows; None: 0, 1, ...
 
     def at(self, index: jax.Array | int) -> "Dropout":
         """The dropout of one of up to 1000 parts: a layer of the model, then a target of it."""
@@ -38,13 +39,17 @@ class Dropout(NamedTuple):
 
     def drop(self, rows_NI: jax.Array) -> jax.Array:
         """Drops elements of the rows of all examples, which follow each other."""
+        rows_L = self.rows_L
+        if rows_L is None:
+            rows_L = jnp.arange(rows_NI.shape[0] // len(self.keys_BK))
 
-        def keep(key_K: jax.Array) -> jax.Array:
+        def keep(key_K: jax.Array, row: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.wrap_key_data(key_K), self.fold)
-            shape = (rows_NI.shape[0] // len(self.keys_BK), rows_NI.shape[1])
-            return jax.random.bernoulli(key, 1 - self.rate, shape)
+            key = jax.random.fold_in(key, row)
+            return jax.random.bernoulli(key, 1 - self.rate, rows_NI.shape[1:])
 
-        keep_NI = jax.vmap(keep)(self.keys_BK).reshape(rows_NI.shape)
+        keep_rows = jax.vmap(jax.vmap(keep, in_axes=(None, 0)), in_axes=(0, None))
+        keep_NI = keep_rows(self.keys_BK, rows_L).reshape(rows_NI.shape)
         scaled_NI = (rows_NI.astype(jnp.float32) / (1 - self.rate)).astype(rows_NI.dtype)
         return jnp.where(keep_NI, scaled_NI, 0)
 

@@ -26,13 +26,12 @@ from wan22_jax.model.block_weights import (
     named_arrays,
     round_masters,
 )
-from wan22_jax.model.embeddings import PatchEmbedding, sinusoid
+from wan22_jax.model.embeddings import Head, PatchEmbedding, sinusoid
 from wan22_jax.model.fused import (
     Activation,
     Rope,
     activate,
     add_gated,
-    layer_norm,
     norm_rope,
     residual_norm,
 )
@@ -41,6 +40,7 @@ from wan22_jax.model.linear import LinearWeights, linear, linear_gelu_linear
 from wan22_jax.model.lora import Dropout, LoRAParam
 from wan22_jax.model.remat import POLICIES, Stack, Streamed, run_blocks
 from wan22_jax.model.rope import rope_tables
+from wan22_jax.model.shards import ONE_DEVICE, Shards, Tokens
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,13 @@ class WanTransformer(nnx.Module):
         )
         self.time_projection = nnx.Dict({"1": Linear(dim, 6 * dim, rngs=rngs)})
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
-        self.head = Head(config, rngs=rngs)
+        self.head = Head(
+            dim,
+            config.out_channels,
+            patch_size=config.patch_size,
+            eps=config.eps,
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -101,6 +107,7 @@ class WanTransformer(nnx.Module):
         parts: Sequence[list[Arrays] | Stack | Streamed] = (),
         dropout: Dropout | None = None,
         differentiable: bool = True,
+        shards: Shards = ONE_DEVICE,
     ) -> Float[Array, "B T Y X O"]:
         """Predicts the velocity, float32.
 
@@ -115,6 +122,8 @@ class WanTransformer(nnx.Module):
                 ``training.step.place_frozen`` and ``training.full.merge_full``.
             dropout: of the adapters.
             differentiable: False leaves out what only a gradient needs.
+            shards: what is divided among devices, inside of a shard_map; latents and velocity are
+                whole on each of those that share a clip.
 
         Raises:
             ValueError: rows or columns are odd, or the text is longer than text_len.
@@ -127,7 +136,12 @@ class WanTransformer(nnx.Module):
         x_BLD, grid_TYX = self.patch_embedding(jnp.asarray(latents_BTYXC, dtype))
         text_BSD = self.embed_text(jnp.asarray(text_BSE, dtype))
         time_BTD, time_BTMD = self.embed_time(jnp.asarray(sigma_BT, jnp.float32))
-        rope = rope_tables(grid_TYX, config.dim // config.num_heads)
+        tokens = Tokens(shards, num_frames=grid_TYX[0], count=x_BLD.shape[1])
+        x_BLD = tokens.own(x_BLD, axis=1)
+        cos_LP, sin_LP = rope_tables(grid_TYX, config.dim // config.num_heads)
+        rope = tokens.own(cos_LP, axis=0), tokens.own(sin_LP, axis=0)
+        if dropout is not None:
+            dropout = dropout._replace(rows_L=tokens.own(jnp.arange(tokens.count), axis=0))
         text = self.blocks.cross_attn.k.activate(text_BSD.reshape(-1, config.dim))
         frozen = nnx.state(self.blocks, nnx.Not(LoRAParam))
         adapters = join_adapters(
@@ -144,9 +158,11 @@ class WanTransformer(nnx.Module):
             adapters, number = trainable
             if dropout is not None:
                 dropout = dropout.at(jax.lax.stop_gradient(number).astype(jnp.int32))
-            arrays = join_linears(round_masters(arrays, dtype))
+            arrays = join_linears(shards.gather_rows(round_masters(arrays, dtype)))
             weights = BlockWeights(arrays, adapters, dropout)
-            return run_block(x, weights, *inputs, config=config, differentiable=differentiable)
+            return run_block(
+                x, weights, *inputs, config=config, tokens=tokens, differentiable=differentiable
+            )
 
         x_BLD = run_blocks(
             run,
@@ -156,7 +172,7 @@ class WanTransformer(nnx.Module):
             (time_BTMD, text, rope, dropout),
             POLICIES[activation_checkpointing],
         )
-        return self.head(x_BLD, time_BTD, grid_TYX)
+        return self.head(x_BLD, time_BTD, grid_TYX, tokens)
 
     def lora_targets(self) -> Iterator[tuple[str, Linear]]:
         """Yields the path and the (stacked) layer of each linear of the blocks, sorted by path."""
@@ -232,6 +248,7 @@ def run_block(
     rope: Rope,
     *,
     config: TransformerConfig,
+    tokens: Tokens,
     differentiable: bool = True,
 ) -> jax.Array:
     """Self-attention, cross-attention to the text, feed-forward; modulated by the noise level.
@@ -259,7 +276,7 @@ def run_block(
 
     x = x_BLD.reshape(-1, D)
     x_ND, y = norm(x, None, None, weight1, shift1, rows=rows("self_attn.qkv"))
-    y_ND = attend_to_itself(y, weights, rope, config=config, batch=B)
+    y_ND = attend_to_itself(y, weights, rope, config=config, tokens=tokens, batch=B)
     weight3, bias3 = arrays["norm3.weight"][None], arrays["norm3.bias"][None]
     x_ND, y = norm(x_ND, y_ND, gate1, weight3, bias3, rows=rows("cross_attn.q"))
     y_ND = attend_to_text(y, weights, text, config=config, batch=B)
@@ -270,14 +287,24 @@ def run_block(
 
 
 def attend_to_itself(
-    x: Activation, weights: BlockWeights, rope: Rope, *, config: TransformerConfig, batch: int
+    x: Activation,
+    weights: BlockWeights,
+    rope: Rope,
+    *,
+    config: TransformerConfig,
+    tokens: Tokens,
+    batch: int,
 ) -> jax.Array:
     """Self-attention of the rows of each example; q and k are normalised and rotated."""
     q_ND, k_ND, v_ND = checkpoint_name(linear(x, weights.linear("self_attn.qkv"), groups=3), "qkv")
     q_ND = norm_rope(q_ND, weights.arrays["self_attn.norm_q.weight"], rope, eps=config.eps)
     k_ND = norm_rope(k_ND, weights.arrays["self_attn.norm_k.weight"], rope, eps=config.eps)
     q_ND, k_ND = checkpoint_name((q_ND, k_ND), "rotated")
-    rows_ND = _attend(q_ND, k_ND, v_ND, config=config, batch=batch, name="attention")
+    q_BLHK, k_BLHK, v_BLHK = (
+        tokens.all_of_some_heads(_split_heads(x_ND, config, batch)) for x_ND in (q_ND, k_ND, v_ND)
+    )
+    out_BLHK = tokens.some_of_all_heads(attend(q_BLHK, k_BLHK, v_BLHK, name="attention"))
+    rows_ND = out_BLHK.reshape(-1, config.dim)
     return checkpoint_name(_project_out(rows_ND, weights.linear("self_attn.o")), "o")
 
 
@@ -291,50 +318,15 @@ def attend_to_text(
     )
     q_ND = norm_rope(q_ND, weights.arrays["cross_attn.norm_q.weight"], None, eps=config.eps)
     k_ND = norm_rope(k_ND, weights.arrays["cross_attn.norm_k.weight"], None, eps=config.eps)
-    rows_ND = _attend(q_ND, k_ND, v_ND, config=config, batch=batch, name="cross_attention")
+    q_BLHK, k_BSHK, v_BSHK = (_split_heads(x_ND, config, batch) for x_ND in (q_ND, k_ND, v_ND))
+    rows_ND = attend(q_BLHK, k_BSHK, v_BSHK, name="cross_attention").reshape(-1, config.dim)
     return checkpoint_name(_project_out(rows_ND, weights.linear("cross_attn.o")), "cross_o")
 
 
-def _attend(*rows_ND: jax.Array, config: TransformerConfig, batch: int, name: str) -> jax.Array:
-    head_dim = config.dim // config.num_heads
-    q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, -1, config.num_heads, head_dim) for x in rows_ND)
-    return attend(q_BLHK, k_BLHK, v_BLHK, name=name).reshape(-1, config.dim)
+def _split_heads(x_ND: jax.Array, config: TransformerConfig, batch: int) -> jax.Array:
+    return x_ND.reshape(batch, -1, config.num_heads, config.dim // config.num_heads)
 
 
 def _project_out(rows_ND: jax.Array, weights: LinearWeights) -> jax.Array:
     (out_ND,) = linear(activate(rows_ND, is_float8=weights.is_float8), weights)
     return out_ND
-
-
-class Head(nnx.Module):
-    """Final norm, modulation and projection; float32 throughout."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.modulation = nnx.Param(
-            jax.random.normal(rngs.params(), (1, 2, config.dim)) / np.sqrt(config.dim)
-        )
-        self.head = Linear(
-            config.dim, config.out_channels * int(np.prod(config.patch_size)), rngs=rngs
-        )
-
-    def __call__(
-        self, x_BLD: jax.Array, time_BTD: jax.Array, grid_TYX: tuple[int, int, int]
-    ) -> jax.Array:
-        """Returns [B, T, Y, X, C]; within a token the channel is last, after row and column."""
-        B = x_BLD.shape[0]
-        T, Y, X = grid_TYX
-        _, rows, columns = self.config.patch_size
-        modulation_BT2D = self.modulation[...].astype(jnp.float32)[None] + time_BTD[:, :, None]
-        shift_BTD, scale_BTD = modulation_BT2D[:, :, 0], modulation_BT2D[:, :, 1]
-        x_BLD = modulate(layer_norm(x_BLD, eps=self.config.eps), shift_BTD, scale_BTD)
-        cells = self.head(x_BLD).reshape(B, T, Y, X, rows, columns, self.config.out_channels)
-        cells = cells.transpose(0, 1, 2, 4, 3, 5, 6)
-        return cells.reshape(B, T, Y * rows, X * columns, self.config.out_channels)
-
-
-def modulate(x_BLD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
-    """Returns x (1 + scale) + shift with one scale and shift per latent frame."""
-    B, T, D = shift_BTD.shape
-    x_BTPD = x_BLD.reshape(B, T, -1, D) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
-    return x_BTPD.reshape(x_BLD.shape)

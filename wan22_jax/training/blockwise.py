@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from wan22_jax.training.full import Weights, group_weights
 from wan22_jax.weights import is_stacked
@@ -30,26 +31,28 @@ class BlockwiseOptimizer(NamedTuple):
     def init(self, weights: Any) -> dict[str, optax.OptState]:
         """Makes the state of each block, on the device; ``place_state`` moves it."""
         groups = group_weights(weights)
-        return {label: self.inner.init(_stack(group)) for label, group in groups.items()}
+        return {label: self._init(group) for label, group in groups.items()}
 
-    def place_state(self, weights: Weights, sharding: Sharding) -> dict[str, optax.OptState]:
+    def place_state(self, weights: Weights) -> dict[str, optax.OptState]:
         """Makes the state of each block where it stays; at no time are two blocks' on the way."""
-        init = jax.jit(lambda group: self.inner.init(_stack(group)))
         placed = {}
         for label, group in group_weights(weights).items():
-            state = init(group)
-            places = jax.tree.map(lambda leaf: self._place(leaf, sharding), state)
+            places = self._places(group)
+            on_device = jax.tree.map(lambda to: NamedSharding(to.mesh, to.spec), places)
+            state = jax.jit(self._init, out_shardings=on_device)(group)
             placed[label] = jax.block_until_ready(jax.device_put(state, places))
         return placed
 
-    def describe_state(self, weights: Weights, sharding: Sharding) -> dict[str, optax.OptState]:
+    def describe_state(self, weights: Weights) -> dict[str, optax.OptState]:
         """The shapes of ``place_state``'s arrays, and where they lie; nothing is made."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._place(leaf, sharding)
-            ),
-            jax.eval_shape(self.init, weights),
-        )
+        return {
+            label: jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                jax.eval_shape(self._init, group),
+                self._places(group),
+            )
+            for label, group in group_weights(weights).items()
+        }
 
     def step(self, grads: Any, state: Any, weights: Any, norm: jax.Array) -> tuple[Any, Any]:
         """Returns the new weights and state.
@@ -115,9 +118,25 @@ class BlockwiseOptimizer(NamedTuple):
         updated = cast(Weights, optax.apply_updates(_stack(weights), updates))
         return {name: updated[name].reshape(array.shape) for name, array in weights.items()}, state
 
-    def _place(self, leaf: Any, sharding: Sharding) -> Sharding:
-        waits = self.on_host and leaf.ndim > 0
-        return sharding.with_memory_kind("pinned_host") if waits else sharding
+    def _init(self, group: Weights) -> optax.OptState:
+        return self.inner.init(_stack(group))
+
+    def _places(self, group: Weights) -> Any:
+        """Where the state of a block lies: what has the shape of a weight, divided as that."""
+
+        def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            names = [key.key for key in path if isinstance(key, DictKey) and key.key in group]
+            weight = group[names[-1]] if names else next(iter(group.values()))
+            where = cast(NamedSharding, weight.sharding)
+            spec = PartitionSpec()
+            if names and leaf.shape == stacked[names[-1]].shape:
+                spec = PartitionSpec(*(None,) * (leaf.ndim - weight.ndim), *where.spec)
+            waits = self.on_host and leaf.ndim > 0
+            kind = "pinned_host" if waits else where.memory_kind
+            return NamedSharding(where.mesh, spec, memory_kind=kind)
+
+        stacked = jax.eval_shape(_stack, group)
+        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._init, group))
 
 
 def _stack(group: Weights) -> Weights:

@@ -10,18 +10,21 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
 from wan22_jax.batch import Batch
 from wan22_jax.data.eval_clips import EvalBatch, EvalSet
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import Penalty
+from wan22_jax.model.shards import DATA, FSDP, ONE_DEVICE, Shards
+from wan22_jax.sharding import put, put_examples, shards_of, specs_of
 from wan22_jax.training.draws import Draws
 from wan22_jax.training.frozen import gather_frozen
 from wan22_jax.training.step import Frozen, StepSettings, Trainable, loss_fn
@@ -57,19 +60,18 @@ class Evaluator:
         make_grid: Callable[[Bucket], np.ndarray | Array],
         evaluates_i2v: bool = False,
         gathers_blocks: bool = False,
-        sharding: Sharding,
+        sharding: NamedSharding,
     ):
         self._sets = dict(sets)
         self._frozen = frozen
         self._make_grid = make_grid
         self._given = (_T2V, _I2V) if evaluates_i2v else (_T2V,)
         self._gathers_blocks = gathers_blocks
-        self._sharding = sharding
+        self._sharding, self._mesh = sharding, cast(Mesh, sharding.mesh)
         # Nothing is kept for a backward pass; with True, streamed blocks do not even make it.
         settings = StepSettings(penalty=penalty, activation_checkpointing=True)
-        self._losses = jax.jit(
-            partial(eval_losses, graphdef=graphdef, settings=settings), out_shardings=sharding
-        )
+        self._compute = partial(eval_losses, graphdef=graphdef, settings=settings)
+        self._losses: Callable[..., Array] | None = None
 
     def __call__(self, trainable: Trainable, ema: Trainable | None = None) -> dict[str, float]:
         """Evaluates the weights; returns values by the names of their curves.
@@ -83,9 +85,7 @@ class Evaluator:
             ema: averages of them, if the run keeps any.
         """
         start = time.monotonic()
-        frozen = (
-            gather_frozen(self._frozen, self._sharding) if self._gathers_blocks else self._frozen
-        )
+        frozen = gather_frozen(self._frozen) if self._gathers_blocks else self._frozen
         versions = {"": trainable} | ({} if ema is None else {"_ema": ema})
         values: dict[str, float] = {}
         for name, examples in self._sets.items():
@@ -139,17 +139,36 @@ class Evaluator:
         given: list[int],
     ) -> Iterator[tuple[tuple[str, int, int], Array]]:
         grid = np.asarray(self._make_grid(bucket))
-        batch, name_AB = jax.device_put((examples.batch, examples.name_AB), self._sharding)
+        batch, name_AB = put_examples(
+            (examples.batch, examples.name_AB), self._mesh, total=examples.name_AB.shape[1]
+        )
+        losses = self._losses or self._compile(versions[""], frozen)
+        self._losses = losses
         for number in range(NUM_QUANTILES):
             sigma = grid[(number + 1) * len(grid) // (NUM_QUANTILES + 1)]
             for suffix, trainable in versions.items():
                 for frames in given:
                     scalars = (np.float32(sigma), np.int32(number), np.int32(frames))
-                    where = jax.device_put(scalars, self._sharding)
+                    where = put(scalars, self._sharding)
                     yield (
                         (suffix, frames, number),
-                        self._losses(trainable, frozen, batch, name_AB, *where),
+                        losses(trainable, frozen, batch, name_AB, *where),
                     )
+
+    def _compile(self, trainable: Trainable, frozen: Frozen) -> Callable[..., Array]:
+        """Compiles ``eval_losses``; on several devices each computes those of its examples."""
+        compute = self._compute
+        if self._mesh.size > 1:
+            everywhere, examples = PartitionSpec(), PartitionSpec(None, (DATA, FSDP))
+            weights = specs_of(trainable), specs_of(frozen)
+            compute = jax.shard_map(
+                partial(compute, shards=shards_of(self._mesh)),
+                mesh=self._mesh,
+                in_specs=(*weights, examples, examples, everywhere, everywhere, everywhere),
+                out_specs=examples,
+                check_vma=False,
+            )
+        return jax.jit(compute, out_shardings=self._sharding)
 
 
 def eval_losses(
@@ -163,6 +182,7 @@ def eval_losses(
     *,
     graphdef: nnx.GraphDef,
     settings: StepSettings,
+    shards: Shards = ONE_DEVICE,
 ) -> Float[Array, "A B"]:
     """Returns the loss of each example at one noise level, without dropout.
 
@@ -176,6 +196,7 @@ def eval_losses(
         num_given: so many first latent frames stay clean and out of the loss.
         graphdef: structure of the model.
         settings: the loss.
+        shards: see ``WanTransformer``.
     """
     shape_TYXC = batch.latents_ABTYXC.shape[2:]
     weight_T = jnp.where(jnp.arange(shape_TYXC[0]) < num_given, 0.0, 1.0)
@@ -196,6 +217,7 @@ def eval_losses(
             mask_BYX,
             graphdef=graphdef,
             settings=settings,
+            shards=shards,
         )
         return loss_B
 

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from wan22_jax.model.block_weights import Arrays
 from wan22_jax.model.remat import Streamed
 from wan22_jax.model.transformer import WanTransformer
+from wan22_jax.sharding import of_array, put
 from wan22_jax.training.frozen import Frozen
 from wan22_jax.weights import is_stacked, official_names, parameter_shapes, stored_dtype
 
@@ -67,18 +68,20 @@ def describe_full(model: WanTransformer, *, dtype: DTypeLike) -> dict[str, jax.S
     }
 
 
-def place_full(weights: dict[str, Any], sharding: Sharding, *, dtype: DTypeLike) -> Weights:
+def place_full(weights: dict[str, Any], sharding: NamedSharding, *, dtype: DTypeLike) -> Weights:
     """Copies the weights to the device, one by one, where a train step may donate them.
 
     Args:
         weights: from ``split_full``.
-        sharding: of each.
+        sharding: of what every device has; the blocks' matrices are divided as ``of_array`` says.
         dtype: of the masters, float32 or bfloat16; ``weights.stored_dtype`` applies.
     """
-    return {
-        name: jax.device_put(_own(array), sharding).astype(stored_dtype(name, dtype))
-        for name, array in weights.items()
-    }
+
+    def place(name: str, array: Any) -> jax.Array:
+        where = of_array(sharding, name, array.shape) if is_stacked(name) else sharding
+        return put(_own(array), where).astype(stored_dtype(name, dtype))
+
+    return {name: place(name, array) for name, array in weights.items()}
 
 
 def merge_model(

@@ -1,0 +1,192 @@
+"""The train step on several devices: the same draws, loss and weights as on one."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from wan22_jax.batch import Batch
+from wan22_jax.model.flow import sigma_grid
+from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.sharding import Split, make_mesh, put, put_examples, replicated
+from wan22_jax.training.blockwise import BlockwiseOptimizer
+from wan22_jax.training.draws import TaskMix
+from wan22_jax.training.frozen import Frozen, place_frozen
+from wan22_jax.training.full import place_full, split_full
+from wan22_jax.training.optimizer import make_optimizer
+from wan22_jax.training.optimizer_options import AdamW
+from wan22_jax.training.step import (
+    StepSettings,
+    TrainState,
+    compile_train_step,
+    init_state,
+    split_model,
+)
+from wan22_jax.weights import stored_dtype
+
+CONFIG = TransformerConfig(
+    dim=128, ffn_dim=96, num_heads=8, num_layers=1, text_dim=8, text_len=6, freq_dim=16
+)
+NUM_EXAMPLES, FRAMES = 8, 3  # of 2 x 3 tokens each: parts of 3, 2 or 1; the last ones have none
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_optimizations():
+    """Compiling is most of the time that these tests take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_batch(num_accumulate: int) -> Batch:
+    rng = np.random.default_rng(0)
+    size = NUM_EXAMPLES // num_accumulate
+    latents = rng.normal(size=(NUM_EXAMPLES, FRAMES, 4, 6, 48)).astype(jnp.bfloat16)
+    text = rng.normal(size=(NUM_EXAMPLES, 6, 8)).astype(jnp.bfloat16)
+    mask = rng.integers(0, 3, (NUM_EXAMPLES, 4, 6)).astype(jnp.bfloat16) / 2
+    return Batch(*(x.reshape(num_accumulate, size, *x.shape[1:]) for x in (latents, text, mask)))
+
+
+def make_model(*, dtype: str) -> WanTransformer:
+    model = WanTransformer(CONFIG, rngs=nnx.Rngs(0))
+    if dtype == "float8":
+        narrow = [
+            (
+                path,
+                leaf.replace(leaf[...].astype(stored_dtype(".".join(map(str, path)), "bfloat16"))),
+            )
+            for path, leaf in nnx.to_flat_state(nnx.state(model))
+        ]
+        nnx.update(model, nnx.from_flat_state(narrow))
+        model.to_float8()
+    return model
+
+
+def start(
+    split: Split, *, full: bool, dtype: str, settings: StepSettings, swap: int = 0
+) -> tuple[Any, TrainState, Frozen]:
+    sharding = replicated(make_mesh(split))
+    schedule = optax.constant_schedule(1e-2)
+    # A large eps: what is next to zero shall not decide by its sign.
+    inner = make_optimizer(
+        AdamW(eps=0.01), schedule=schedule, gradient_clipping=0.0 if full else 1.0
+    )
+    model = make_model(dtype=dtype)
+    if full:
+        optimizer = BlockwiseOptimizer(inner, max_grad_norm=1.0, on_host=swap > 0)
+        graphdef, weights, template = split_full(model, dtype="float32")
+        masters = place_full(weights, sharding, dtype="float32")
+        state = TrainState(
+            put(jnp.zeros((), jnp.int32), sharding), masters, optimizer.place_state(masters)
+        )
+        frozen = Frozen(put(template, sharding))
+    else:
+        optimizer = inner
+        model.add_lora(jax.random.key(1), rank=2, alpha=6.0)
+        graphdef, trainable, base = split_model(model)
+        trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
+        state = put(init_state(trainable, optimizer), sharding)
+        frozen = place_frozen(
+            base,
+            activation_checkpointing=settings.activation_checkpointing,
+            blocks_to_swap=swap,
+            sharding=sharding,
+        )
+    step = compile_train_step(graphdef, optimizer, settings, state=state, frozen=frozen)
+    return step, state, frozen
+
+
+@functools.cache
+def train(
+    split: Split,
+    *,
+    full: bool = False,
+    dtype: str = "float32",
+    num_accumulate: int = 1,
+    policy: bool | str = True,
+    dropout: float = 0.0,
+    swap: int = 0,
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], TrainState, Frozen]:
+    """Trains three steps; returns weights and metrics on the host, and what is on the devices."""
+    settings = StepSettings(
+        TaskMix(0.5), activation_checkpointing=policy, lora_dropout=dropout, ema_decay=0.0
+    )
+    step, state, frozen = start(split, full=full, dtype=dtype, settings=settings, swap=swap)
+    mesh = state.step.sharding.mesh
+    key, grid = put((jax.random.key(3), jnp.asarray(sigma_grid())), replicated(mesh))
+    batch = make_batch(num_accumulate)
+    placed = put_examples(batch, mesh, total=batch.text_ABSE.shape[1])
+    history = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, placed, key, grid)
+        history.append(jax.tree.map(np.asarray, metrics))
+    weights = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.trainable)
+    }
+    return weights, history, state, frozen
+
+
+def assert_equal_to_one_device(
+    split: Split, *, tolerance: float = 1e-5, **options: Any
+) -> tuple[TrainState, Frozen]:
+    alone, history, *_ = train(Split(), **options)
+    weights, other_history, state, frozen = train(split, **options)
+    assert state.step.sharding.mesh.size == split.num_devices > 1
+    for metrics, others in zip(history, other_history, strict=True):
+        for name in ("sigma_AB", "task_AB"):
+            np.testing.assert_array_equal(metrics[name], others[name])
+        for name in ("loss", "loss_AB", "grad_norm"):
+            np.testing.assert_allclose(metrics[name], others[name], rtol=tolerance, err_msg=name)
+    for name, array in alone.items():
+        np.testing.assert_allclose(weights[name], array, atol=tolerance, err_msg=name)
+    return state, frozen
+
+
+SPLITS = [Split(2), Split(8), Split(1, 4), Split(1, 1, 2), Split(1, 1, 8), Split(2, 2, 2)]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_an_adapter_trains_as_on_one_device(split):
+    state, frozen = assert_equal_to_one_device(split)
+    (rows,) = frozen.parts
+    weight = rows[0]["ffn.0.weight"]
+    assert weight.sharding.spec == PartitionSpec("fsdp")
+    assert weight.addressable_shards[0].data.shape == (96 // split.fsdp, 128)
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(state)} == {PartitionSpec()}
+
+
+@pytest.mark.parametrize("split", [Split(4), Split(1, 4), Split(1, 1, 2), Split(2, 2, 2)], ids=str)
+def test_all_weights_train_as_on_one_device(split):
+    state, _ = assert_equal_to_one_device(split, full=True)
+    of_weight = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jax.tree_util.DictKey("blocks.0.ffn.0.weight") in path
+    ]
+    assert len(of_weight) == 3  # with two moments
+    for leaf in of_weight:
+        assert leaf.addressable_shards[0].data.size == leaf.size // split.fsdp
+
+
+def test_float8_trains_as_on_one_device():
+    # Programs differ in what XLA fuses, and so in how it rounds to bfloat16.
+    assert_equal_to_one_device(Split(1, 2, 2), tolerance=1e-3, dtype="float8")
+
+
+def test_blocks_activations_and_optimizer_state_on_the_host():
+    _, frozen = assert_equal_to_one_device(
+        Split(1, 2, 2), num_accumulate=2, policy="offload_attention", swap=1, dropout=0.25
+    )
+    (part,) = frozen.parts
+    weight = part.on_host[0]["ffn.0.weight"]
+    assert weight.sharding.memory_kind == "pinned_host"
+    assert weight.sharding.spec == PartitionSpec("fsdp")
+    state, _ = assert_equal_to_one_device(Split(1, 2, 2), full=True, swap=1)
+    assert any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(state))
