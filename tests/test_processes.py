@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,7 +38,7 @@ class Group:
 
     def __init__(self, folder: Path, *command: str, number: int = 2, devices: int = 1):
         address = f"127.0.0.1:{find_port()}"
-        flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+        flags = re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"])
         self.outputs = [folder / f"{address.replace(':', '.')}.{i}.log" for i in range(number)]
         self.processes = []
         for process, output in enumerate(self.outputs):
