@@ -70,6 +70,14 @@ def agree() -> None:
 
 def see() -> None:
     """A folder of the same name that is not the same is told from one that is shared."""
+    run_folder.check_alike("lr = 1\nseed = 0")
+    try:
+        run_folder.check_alike(f"lr = {processes.index()}\nseed = 0")
+    except BadInput as error:
+        assert "other settings" in str(error), error
+        assert "(lr = 0)" in str(error), error
+    else:
+        raise AssertionError("other settings were not noticed")
     run_folder.check_seen(Path("saving"))
     if processes.index() == 1:
         Path("elsewhere/saving").mkdir(parents=True)

@@ -79,8 +79,9 @@ def open_run(
 
     Raises:
         BadInput: there is nothing to resume, no checkpoint is sound, it was trained on another
-            base or adapter shape, or another process does not see it.
+            base or adapter shape, or another process does not see it or wants something else.
     """
+    check_alike(dump_config(config), f"--resume_from_checkpoint {resume}", f"{reset}")
 
     def choose() -> tuple[str, Start]:
         folder, start = _choose(config, config_file, resume=resume, meta=meta, reset=reset)
@@ -124,6 +125,18 @@ def _choose(
             log.info("changed since the checkpoint: %s", change)
         start = choose_start(saved, steps_per_epoch=meta["steps_per_epoch"], reset=reset)
     return folder, start
+
+
+def check_alike(*settings: str) -> None:
+    """Raises BadInput in all processes if they were started with different settings."""
+    for process, others in enumerate(processes.gather(settings, "settings")):
+        for ours, theirs in zip(settings, others, strict=True):
+            differing = sorted(set(ours.splitlines()) ^ set(theirs.splitlines()))
+            if differing:
+                raise BadInput(
+                    f"process {process} was started with other settings than process "
+                    f"{processes.index()} ({differing[0]}); give all the same config and flags"
+                )
 
 
 def check_seen(folder: Path) -> None:
