@@ -17,7 +17,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wan22_jax import processes, train
-from wan22_jax.checkpoint import FOLDER, find_damage, open_checkpoints, read_trainable, restore_state
+from wan22_jax.checkpoint import (
+    FOLDER,
+    find_damage,
+    open_checkpoints,
+    read_trainable,
+    restore_state,
+)
 from wan22_jax.errors import BadInput
 from wan22_jax.processes import Place, add_process_arguments, find_place, run_together
 from wan22_jax.training.step import TrainState
@@ -156,7 +162,7 @@ def test_one_process_is_asked_nothing(capsys):
     nothing = object()
     assert processes.from_main(lambda: nothing, "name") is nothing
     assert processes.gather(nothing, "name") == [nothing]
-    with pytest.raises(BadInput, match="^no good$"):
+    with pytest.raises(BadInput, match=r"^no good$"):
         processes.agree("no good", "name")
     assert run_together(parse(), lambda: processes.agree("no good", "name")) == 2
     assert capsys.readouterr().err == "error: no good\n"

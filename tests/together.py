@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wan22_jax import processes, run_folder
@@ -44,16 +45,10 @@ def agree() -> None:
     assert processes.gather(own, "test") == [0, 1]
     assert processes.gather({"own": own + 1}, "test") == [{"own": 1}, {"own": 2}]
     assert processes.from_main(lambda: ["result", processes.index()], "result") == ["result", 0]
-    for name, action in (
-        ("raise", lambda: processes.from_main(_refuse, "raise")),
-        ("agree", lambda: processes.agree("no good" if own == 1 else None, "agree")),
-    ):
-        try:
-            action()
-        except BadInput as error:
-            assert str(error).endswith("no good"), error
-        else:
-            raise AssertionError(f"{name}: nothing was raised in process {own}")
+    with pytest.raises(BadInput, match=r"^no good$"):
+        processes.from_main(_refuse, "raise")
+    with pytest.raises(BadInput, match=r"^process 1: no good$"):
+        processes.agree("no good" if own == 1 else None, "agree")
     array = _place(VALUES, PartitionSpec("all"))
     assert not processes.is_held(array)
     np.testing.assert_array_equal(processes.to_host(array), VALUES)
@@ -71,26 +66,17 @@ def agree() -> None:
 def see() -> None:
     """A folder of the same name that is not the same is told from one that is shared."""
     run_folder.check_alike("lr = 1\nseed = 0")
-    try:
+    with pytest.raises(BadInput, match=r"other settings .* \(lr = 0\)"):
         run_folder.check_alike(f"lr = {processes.index()}\nseed = 0")
-    except BadInput as error:
-        assert "other settings" in str(error), error
-        assert "(lr = 0)" in str(error), error
-    else:
-        raise AssertionError("other settings were not noticed")
     run_folder.check_seen(Path("saving"))
     if processes.index() == 1:
         Path("elsewhere/saving").mkdir(parents=True)
         os.chdir("elsewhere")
-    with mock.patch.object(run_folder, "SEEN_S", 1):
-        try:
-            run_folder.check_seen(Path("saving"))
-        except BadInput as error:
-            assert "process 1: " in str(error), error
-            assert "elsewhere/saving on " in str(error), error
-            assert "on a disk that all hosts share" in str(error), error
-        else:
-            raise AssertionError("the folder of another disk was taken for the run's")
+    with (
+        mock.patch.object(run_folder, "SEEN_S", 1),
+        pytest.raises(BadInput, match=r"process 1: .*elsewhere/saving on .* that all hosts share"),
+    ):
+        run_folder.check_seen(Path("saving"))
     if processes.is_main():
         assert [path.name for path in Path("saving").iterdir()] == ["checkpoints"]
 
@@ -135,12 +121,8 @@ def save() -> None:
         checkpoints.wait()
         with mock.patch.object(ocp.StandardCheckpointHandler, "async_save", fill):
             checkpoints.save(make_state(2), META)
-            try:
+            with pytest.raises(FullDisk, match="the disk filled up"):
                 checkpoints.wait()
-            except FullDisk as error:
-                assert "the disk filled up" in str(error)
-            else:
-                raise AssertionError("the other process's full disk was not noticed")
         checkpoints.save(make_state(3), META)
         checkpoints.wait()
         assert sorted(list_steps(checkpoints.directory)) == [1, 3]
@@ -156,7 +138,10 @@ def make_state(step: int, *, spec: PartitionSpec = PartitionSpec("all")) -> Trai
     return TrainState(
         _place(np.int32(step), PartitionSpec()),
         {"w": _place(step + VALUES, spec)},
-        {"m": _place(step * VALUES, PartitionSpec()), "count": _place(np.int32(1), PartitionSpec())},
+        {
+            "m": _place(step * VALUES, PartitionSpec()),
+            "count": _place(np.int32(1), PartitionSpec()),
+        },
     )
 
 
