@@ -115,7 +115,7 @@ def test_a_signal_to_one_ends_both_after_the_same_step(folder):
     (step,) = steps_of(folder / "stopped")
     assert f"done: {step} steps" in group.said(0)
     assert "SIGTERM: finishing the step" in group.said(1)
-    with Group(folder, *TRAIN, *keys, "--resume_from_checkpoint", f"max_steps={step + 2}") as group:
+    with Group(folder, *TRAIN, *keys, f"max_steps={step + 2}", "--resume_from_checkpoint") as group:
         assert group.codes() == [0, 0], group.said()
     assert f"{step} steps done, of {step + 2}" in group.said(0)
 
