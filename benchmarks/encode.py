@@ -1,5 +1,7 @@
 """How long do the VAE and the text encoder take to cache a data set, and how much memory?
 
+The folder runs on all local devices, or on the first ``--devices``; the other parts on the first.
+
 One part a process, at the checkpoint's sizes with random weights. Prints one line of JSON after the
 word RESULT. Needs the package installed or the repository's root on PYTHONPATH.
 
@@ -8,6 +10,7 @@ word RESULT. Needs the package installed or the repository's root on PYTHONPATH.
     python benchmarks/encode.py text                                      # 8 prompts of 512 tokens
     python benchmarks/encode.py text --stream --memory_gb 10
     python benchmarks/encode.py folder --bucket 1280x704x121 --clips 12   # against the VAE alone
+    python benchmarks/encode.py folder --clips 96 --devices 8             # 12 clips a GPU
     python benchmarks/encode.py vae --tiny --bucket 32x32x5               # does it run, on a CPU
 """
 
@@ -41,7 +44,7 @@ from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.umt5 import UMT5, UMT5_XXL
 from wan22_jax.model.umt5_streamed import StreamedUMT5
 from wan22_jax.model.vae import WAN22_VAE, WanVAE
-from wan22_jax.sharding import claim_gpu
+from wan22_jax.sharding import choose_devices, claim_gpu, copy_to_each
 from wan22_jax.text import TEXT_LEN, run_encoder
 from wan22_jax.weights import set_parameters, stacked_shapes
 
@@ -80,10 +83,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--stream", action="store_true", help="layers of the text encoder on host")
     parser.add_argument("--clips", type=int, default=12, help="of the folder")
+    parser.add_argument("--devices", type=int, help="of the folder; all unless given")
     parser.add_argument("--repeats", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to check the program")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.devices is not None and args.part != "folder":
+        parser.error("--devices is of the folder; the other parts run on the first device")
+    return args
 
 
 def time_vae(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
@@ -109,12 +116,16 @@ def time_text(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_folder(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
     """Times clips from files to latents against as many clips from host memory, both overlapped."""
-    vae = make_vae(args)
-    pixels_TYX3 = draw_pixels(bucket)
-    fetch_latents(start_encoding(vae, pixels_TYX3))  # compiles
-    ready = ((number, pixels_TYX3) for number in range(args.clips))
-    vae_s = measure(lambda: list(encode_clips(vae, ready)))
     with tempfile.TemporaryDirectory() as folder:
+        # As wan22-cache does, but empty: the first device compiles, the others read its program.
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder, "compiled")))
+        vaes = copy_to_each(make_vae(args), choose_devices(args.devices))
+        pixels_TYX3 = draw_pixels(bucket)
+        first_s = [
+            measure(lambda vae=vae: fetch_latents(start_encoding(vae, pixels_TYX3))) for vae in vaes
+        ]
+        ready = ((number, pixels_TYX3) for number in range(args.clips))
+        vae_s = measure(lambda: list(encode_clips(vaes, ready)))
         paths = [Path(folder, f"{number}.mp4") for number in range(args.clips)]
         for path in paths:
             write_clip(path, bucket)
@@ -125,16 +136,19 @@ def time_folder(args: argparse.Namespace, bucket: Bucket) -> dict[str, Any]:
 
         def run() -> None:
             size = count_frame_bytes(bucket)
-            decoded = decode_ahead(found, decode, count_bytes=lambda _: size)
-            for _ in encode_clips(vae, decoded):
+            decoded = decode_ahead(found, decode, count_bytes=lambda _: size, num_devices=len(vaes))
+            for _ in encode_clips(vaes, decoded):
                 pass
 
         folder_s = measure(run)
     return {
         "clips": args.clips,
+        "devices": len(vaes),
+        "first_s": [round(seconds, 1) for seconds in first_s],
         "vae_s_per_clip": round(vae_s / args.clips, 4),
         "folder_s_per_clip": round(folder_s / args.clips, 4),
         "folder_over_vae": round(folder_s / vae_s, 3),
+        "folder_clips_per_s": round(args.clips / folder_s, 3),
     }
 
 

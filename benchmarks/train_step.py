@@ -142,15 +142,16 @@ def main() -> None:
     step_s = statistics.median(seconds)
     flops = (
         count_flops(config, bucket.num_tokens, trains_weights=bool(args.full))
-        * args.batch
+        * num_clips
         * args.accumulate
     )
     result = {
         "program": "wan22_jax",
         "bucket": args.bucket,
-        "tokens": bucket.num_tokens * args.batch * args.accumulate,
+        "tokens": bucket.num_tokens * num_clips * args.accumulate,
         "batch": args.batch,
         "accumulate": args.accumulate,
+        "split": split._asdict(),
         "full": args.full,
         "offload_optimizer": args.offload_optimizer,
         "dtype": args.dtype,

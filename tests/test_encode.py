@@ -1,114 +1,29 @@
-import dataclasses
+"""``wan22-cache``: what it encodes, what it leaves alone, and what is in the cache then."""
+
 import json
 import os
 import re
-import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
+import cache_place
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 import test_preflight as messy
+from cache_place import BUCKET, CAPTIONS, convert_model
 from make_clips import write_image, write_video
 from PIL import Image
 
-from convert.weights import main as convert
-from wan22_jax import clip_encoder, encode, text
+from wan22_jax import clip_encoder, encode
 from wan22_jax.data.batching import make_batching
-from wan22_jax.data.cache import make_text_key, name_encoders
+from wan22_jax.data.cache import make_text_key
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.loader import make_loader
 from wan22_jax.data.video import probe, read_clip
 from wan22_jax.dataset import open_caches
-from wan22_jax.demo_checkpoint import TINY_VAE, write_checkpoint
-from wan22_jax.geometry import Bucket
-from wan22_jax.model_folder import load_text_encoder, load_vae, read_model_card, tokenizer_folder
+from wan22_jax.model_folder import load_text_encoder, load_vae, tokenizer_folder
 from wan22_jax.text import encode_text, load_tokenizer
 
-BUCKET = Bucket(32, 32, 5)
-VAE = dataclasses.replace(TINY_VAE, num_res_blocks=1)
-CAPTIONS = {"a": "a grey square", "b": "ein graues Quadrat — größer", "c": "a still"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two converted models that differ in their weights."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed in (0, 1):
-        official = folder / f"official{seed}"
-        write_checkpoint(official, captions=CAPTIONS.values(), vae=VAE, seed=seed)
-        out = str(folder / f"model{seed}")
-        assert convert(["--ckpt_path", str(official), "--out", out, "--dtype", "float32"]) == 0
-    return folder
-
-
-class Place:
-    """A data set, its config files and the command."""
-
-    def __init__(self, folder, models):
-        self.clips = folder / "clips"
-        self.clips.mkdir()
-        self.model = models / "model0"
-        self.config = folder / "main.toml"
-        self.dataset = folder / "dataset.toml"
-        self.config.write_text(
-            f"output_dir = 'out'\ndataset = '{self.dataset}'\nepochs = 1\n"
-            f"[model]\nckpt_path = '{self.model}'\nvae_dtype = 'float32'\n"
-            "[adapter]\ntype = 'lora'\n"
-        )
-        self.write_dataset("resolutions = [32]\nframe_buckets = [5]")
-
-    def write_dataset(self, keys):
-        self.dataset.write_text(f"{keys}\n[[directory]]\npath = '{self.clips}'\n")
-
-    def fill(self):
-        write_video(self.clips / "a.mp4", 12, size=(96, 64))
-        write_video(self.clips / "b.mp4", 20, fps=30, size=(64, 80), seed=40)
-        write_image(self.clips / "c.png", (70, 64))
-        for stem, caption in CAPTIONS.items():
-            (self.clips / f"{stem}.txt").write_text(f"{caption}\n", encoding="utf-8")
-
-    def run(self, *arguments):
-        return encode.main(["--config", str(self.config), *arguments])
-
-    def encoders(self):
-        return name_encoders(read_model_card(self.model).digests, vae_dtype="float32")
-
-    def open(self):
-        return open_caches(self.dataset, encoders=self.encoders())
-
-    def stored(self):
-        ((cache, _),) = self.open()
-        return {
-            clip.file: (clip.bucket, cache.read(number)) for number, clip in enumerate(cache.clips)
-        }
-
-
-@pytest.fixture
-def place(tmp_path, models):
-    return Place(tmp_path, models)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """What was encoded: number of captions and of clips."""
-    count = SimpleNamespace(captions=0, clips=0)
-
-    def encode_text_(encoder, tokenizer, prompts):
-        count.captions += sum(prompt != "" for prompt in prompts)
-        return encode_text(encoder, tokenizer, prompts)
-
-    start_encoding = clip_encoder.start_encoding
-
-    def start_encoding_(vae, pixels_TYX3):
-        count.clips += 1
-        return start_encoding(vae, pixels_TYX3)
-
-    monkeypatch.setattr(text, "encode_text", encode_text_)
-    monkeypatch.setattr(clip_encoder, "start_encoding", start_encoding_)
-    return count
+models, place, counted = cache_place.models, cache_place.place, cache_place.counted  # fixtures
 
 
 def test_evaluation_sets_are_cached_too(place, counted, tmp_path, capsys):
@@ -231,16 +146,6 @@ def test_clips_and_captions_of_one_file_are_encoded_one_by_one(place, counted):
     assert counted.clips == 3 + 3 + 1 + 1  # the last is of this test: first clips were there
 
 
-def test_allow_drop_leaves_out_what_is_too_short(place, capsys):
-    place.fill()
-    _short(place)
-    assert place.run() == 2
-    assert "too short" in capsys.readouterr().err
-    assert place.run("--allow-drop") == 0
-    assert "warning: left out: " in capsys.readouterr().err
-    assert set(place.stored()) == {"b.mp4", "c.png"}
-
-
 def test_a_messy_folder_is_cached_as_its_preflight_says(place, counted, capsys):
     messy.write_messy_folder(place.clips)
     place.write_dataset(messy.SHAPES)
@@ -296,6 +201,7 @@ def test_stopped_run_continues(place, counted, monkeypatch):
 def test_other_model_needs_regenerate_cache(place, models, counted, capsys):
     place.fill()
     assert place.run() == 0
+    convert_model(models, seed=1)
     other = f"model.ckpt_path={models / 'model1'}"
     assert place.run(other) == 2
     assert "other encoders" in capsys.readouterr().err
@@ -317,99 +223,6 @@ def test_file_names_of_any_bytes(place, capsys):
     assert "? ä caf?.png: 'a still'" in capsys.readouterr().out
 
 
-def _no_caption(place):
-    (place.clips / "a.txt").unlink()
-
-
-def _latin_1(place):
-    (place.clips / "a.txt").write_bytes("größer".encode("latin-1"))
-
-
-def _junk(place):
-    (place.clips / "a.mp4").write_bytes(b"junk")
-
-
-def _short(place):
-    write_video(place.clips / "a.mp4", 4)
-
-
-def _empty_folder(place):
-    shutil.rmtree(place.clips)
-    place.clips.mkdir()
-
-
-def _no_folder(place):
-    shutil.rmtree(place.clips)
-
-
-def _captions_json(place):
-    (place.clips / "captions.json").write_text('{"a.mp4": ["a"], "b.mp4": ["b"]}')
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_no_caption, "a.txt: caption missing; write it"),
-        (_latin_1, "a.txt: is not UTF-8 (byte 2); save it again"),
-        (_junk, "a.mp4: does not decode as a video"),
-        (_short, "a.mp4: too short: 4 frames at 24 fps, the shortest video bucket needs 5"),
-        (_empty_folder, "holds no videos or images; put clips"),
-        (_no_folder, "no such folder; correct path"),
-        (_captions_json, "clips/captions.json: caption missing; write it, remove c.png"),
-    ],
-)
-def test_bad_data_is_one_line_and_nothing_is_encoded(place, counted, capsys, spoil, message):
-    place.fill()
-    spoil(place)
-    assert place.run() == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line.startswith("error: ")
-    assert str(place.clips) in last_line
-    assert message in last_line
-    assert (counted.captions, counted.clips) == (0, 0)
-    left = [path.name for path in (place.clips / "cache").rglob("*") if path.is_file()]
-    assert left in ([], ["probed.jsonl"])
-
-
-def test_many_problems_are_counted_in_one_line(place, capsys):
-    for number in range(8):
-        (place.clips / f"{number}.mp4").write_bytes(b"junk")
-    assert place.run() == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert "8 of 8 files cannot be used" in last_line
-    assert "4.mp4" in last_line
-    assert "5.mp4" not in last_line
-    assert "and 3 more" in last_line
-
-
-def test_what_is_left_out_is_said(place, capsys):
-    place.fill()
-    (place.clips / "anim.gif").write_bytes(b"")
-    (place.clips / "z.txt").write_text("no clip")
-    (place.clips / "more").mkdir()
-    (place.clips / ".hidden.mp4").write_bytes(b"")
-    (place.clips / "meta.json").write_text("{}")
-    assert place.run() == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert [Path(line.split(": ")[1]).name for line in warnings] == ["anim.gif", "z.txt", "more"]
-
-
-def test_a_caption_that_is_too_long_is_said(place, capsys):
-    place.fill()
-    (place.clips / "a.txt").write_text("grey " * 600)
-    assert place.run() == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is cut at 512" in line]
-    assert ": grey grey" in line
-
-
-def test_full_disk_is_said_before_encoding(place, counted, capsys, monkeypatch):
-    place.fill()
-    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert place.run() == 2
-    assert "GB free; free some space" in capsys.readouterr().err
-    assert (counted.captions, counted.clips) == (0, 0)
-
-
 def test_settings_of_a_directory_come_first(place):
     place.write_dataset("num_repeats = 3\nresolutions = [64]\nframe_buckets = [5]")
     place.dataset.write_text(place.dataset.read_text() + "resolutions = [32]\n")
@@ -428,15 +241,6 @@ def test_the_clip_mode_of_the_main_file_counts_for_readers_too(place, capsys):
     assert "5 clips, 5 latents" in capsys.readouterr().out
 
 
-def test_a_folder_listed_twice_is_refused(place, capsys):
-    place.fill()
-    place.dataset.write_text(
-        place.dataset.read_text() + f"[[directory]]\npath = '{place.clips}/../clips'\n"
-    )
-    assert place.run() == 2
-    assert "is listed twice" in capsys.readouterr().err
-
-
 def test_two_processes_share_the_work(place, counted, capsys):
     place.fill()
     captions = [f"caption {number}" for number in range(99)]
@@ -452,12 +256,6 @@ def test_two_processes_share_the_work(place, counted, capsys):
     assert (counted.captions, counted.clips) == (3, 3)
     assert "left to the other" not in capsys.readouterr().err
     assert len(place.stored()) == 3
-
-
-@pytest.mark.parametrize(("index", "count"), [("2", "2"), ("-1", "2"), ("0", "0"), ("0", "10001")])
-def test_a_process_outside_its_run_is_refused(place, capsys, index, count):
-    assert place.run(f"--process_index={index}", "--process_count", count) == 2
-    assert "expected 0 <= index < count <= 10000" in capsys.readouterr().err
 
 
 def test_verify_and_gc(place, counted, capsys):
@@ -499,12 +297,6 @@ def test_show_batch(place, capsys):
     for number in ("0", str(2**31)):
         assert place.run("--show-batch", number) == 2
         assert "steps count from 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("other", ["--verify", "--show-batch=1", "--gc", "--regenerate_cache"])
-def test_a_flag_that_does_nothing_else_stands_alone(place, capsys, other):
-    assert place.run("--dry-run", other) == 2
-    assert "--dry-run does nothing else" in capsys.readouterr().err
 
 
 def test_masks_go_from_a_picture_to_a_batch(place):

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     [
         (["vae", "--dtype", "float32"], {"bucket": "32x32x5", "dtype": "float32"}),
         (["text", "--stream", "--prompts", "2"], {"prompts": 2, "streamed": True}),
-        (["folder", "--clips", "2"], {"clips": 2, "dtype": "bfloat16"}),
+        (["folder", "--clips=3", "--devices=2"], {"clips": 3, "devices": 2, "dtype": "bfloat16"}),
     ],
 )
 def test_each_part_runs(words, expected):

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+import cache_place
 import numpy as np
-import test_encode
 
 from wan22_jax import encode, text
 from wan22_jax.data.cache import name_encoders
@@ -13,7 +13,7 @@ from wan22_jax.model.umt5_streamed import StreamedUMT5
 from wan22_jax.model_folder import fits, read_model_card
 from wan22_jax.text import encode_text
 
-models, place, counted = test_encode.models, test_encode.place, test_encode.counted  # fixtures
+models, place, counted = cache_place.models, cache_place.place, cache_place.counted  # fixtures
 
 
 def test_the_vae_runs_in_bfloat16_unless_told_otherwise(place, counted, capsys):

@@ -135,9 +135,9 @@ def model(monkeypatch, tmp_path, transformer, vae):
             digest="def",
         )
 
-    def encode_each(encoder, _tokenizer, prompts, *, at_once):
+    def encode_each(encoders, _tokenizer, prompts, *, at_once):
         assert at_once == min(8, len(prompts))
-        assert encoder == "encoder"
+        assert encoders == ["encoder"]
         asked.prompts.extend(prompts)
         return [
             np.asarray(jax.random.normal(jax.random.key(len(text)), (i + 3, 8)))

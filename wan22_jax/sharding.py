@@ -2,17 +2,22 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from wan22_jax.errors import BadInput
 from wan22_jax.model.shards import AXES, CONTEXT, DATA, FSDP, Shards, is_split
 
 log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 # XLA ends a process whose flags it does not know: these it knows from jaxlib 0.10.2 to 0.12.0.1.
 _XLA_FLAGS = {
@@ -137,6 +142,33 @@ def own_examples(mesh: Mesh) -> range:
     return range(parts[0], parts[-1] + 1)
 
 
+def choose_devices(num_devices: int | None = None) -> list[Any]:
+    """Returns so many of the local devices, the first ones; all of them unless told otherwise.
+
+    All are of the first one's kind: others would give other bits, and may be too small.
+
+    Raises:
+        BadInput: there are fewer.
+    """
+    found = jax.local_devices()
+    alike = [device for device in found if device.device_kind == found[0].device_kind]
+    if num_devices is not None and not 1 <= num_devices <= len(alike):
+        raise BadInput(
+            f"--devices {num_devices}: this process sees {len(alike)} ({found[0].device_kind}); "
+            f"expected 1 to {len(alike)}, or nothing for all"
+        )
+    return alike[:num_devices]
+
+
+def copy_to_each(module: ModuleT, devices: Sequence[Any]) -> list[ModuleT]:
+    """Returns the module, which is on the first device, and a copy of it on each other one."""
+    graphdef, state = nnx.split(module)
+    return [
+        module,
+        *(nnx.merge(graphdef, jax.device_put(state, device)) for device in devices[1:]),
+    ]
+
+
 def claim_gpu(*, deterministic: bool = False, counts_host: bool = False) -> None:
     """Sets XLA up for a GPU that is ours alone; the user's own environment variables win.
 
@@ -186,11 +218,14 @@ def device_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Returns how many bytes of the first device were in use at most, None where it is not told."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    """Returns how many bytes of a local device were in use at most, None where it is not told."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(
+        (each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None
+    )
 
 
 def describe_peak_memory() -> str:
-    """Says how much memory of the first device was in use at most, where the device tells."""
+    """Says how much memory of a local device was in use at most, where the device tells."""
     peak = peak_memory()
     return f"peak device memory {peak / 1e9:.1f} GB" if peak else "peak device memory not known"

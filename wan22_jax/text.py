@@ -9,8 +9,11 @@ rebuild it from the vocabulary and lose umT5's byte fallback for rare characters
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import ftfy
 import jax
@@ -22,6 +25,7 @@ from tokenizers import Tokenizer
 from wan22_jax.errors import BadInput
 from wan22_jax.model.umt5 import UMT5
 from wan22_jax.model.umt5_streamed import StreamedUMT5
+from wan22_jax.spread import spread
 
 TEXT_LEN = 512  # tokens of a prompt, padding included (official config, text_len)
 PAD, PAD_ID = "<pad>", 0  # umT5's special tokens
@@ -104,16 +108,43 @@ def encode_text(
 
 
 def encode_each(
-    encoder: UMT5 | StreamedUMT5, tokenizer: Tokenizer, texts: Sequence[str], *, at_once: int
-) -> Iterator[np.ndarray]:
-    """Yields the embedding of each text, as ``encode_text``, so many in a batch.
+    encoders: Sequence[UMT5 | StreamedUMT5],
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    at_once: int,
+) -> Generator[np.ndarray, None, None]:
+    """Yields the embedding of each text, in order, as ``encode_text``, so many in a batch.
 
-    The last batch is filled up with empty texts: each batch size compiles once.
+    The last batch is filled up with empty texts: each batch size compiles once, on one device after
+    the other (``clip_encoder.py`` says why).
+
+    Args:
+        encoders: copies of one text encoder, each on a device of its own.
+        tokenizer: that of the encoder.
+        texts: as they are written.
+        at_once: texts in a batch.
     """
-    for start in range(0, len(texts), at_once):
-        some = [*texts[start : start + at_once]]
-        filler = [""] * (at_once - len(some))
-        yield from encode_text(encoder, tokenizer, some + filler)[: len(some)]
+    batches = (texts[start : start + at_once] for start in range(0, len(texts), at_once))
+    run = partial(_encode_on_one, tokenizer=tokenizer, at_once=at_once, compiling=Lock())
+    with closing(spread(run, encoders, batches)) as encoded:
+        for embeddings in encoded:
+            yield from embeddings
+
+
+def _encode_on_one(
+    encoder: UMT5 | StreamedUMT5,
+    batches: Iterable[Sequence[str]],
+    *,
+    tokenizer: Tokenizer,
+    at_once: int,
+    compiling: AbstractContextManager,
+) -> Iterator[list[np.ndarray]]:
+    for number, batch in enumerate(batches):
+        filled = [*batch, *[""] * (at_once - len(batch))]
+        with nullcontext() if number else compiling:
+            embeddings = encode_text(encoder, tokenizer, filled)
+        yield embeddings[: len(batch)]
 
 
 def run_encoder(

@@ -56,7 +56,7 @@ def encode_texts(videos: Sequence[Video], folder: Path, *, dtype: str) -> dict[s
         if is_cut(tokenizer, text):
             log.warning("a prompt is cut at %d tokens: %.60s...", TEXT_LEN, text)
     at_once = min(_TEXTS_AT_ONCE, len(wanted))
-    embeddings = encode_each(encoder, tokenizer, wanted, at_once=at_once)
+    embeddings = encode_each([encoder], tokenizer, wanted, at_once=at_once)
     return {text: pad_text([text_SE]) for text, text_SE in zip(wanted, embeddings, strict=True)}
 
 

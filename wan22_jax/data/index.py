@@ -266,7 +266,14 @@ def _span(end_N: np.ndarray, number: int) -> slice:
 
 def _save(path: Path, arrays: dict[str, np.ndarray], shards: Sequence[Shard]) -> None:
     text = json.dumps(shards)
-    save_file(arrays, path, metadata={"shards": text, "checksum": _sum(arrays, text)})
+    metadata = {"checksum": _sum(arrays, text), "shards": text}
+    save_file(arrays, path, metadata=metadata)
+    # Of the same data set the same bytes: safetensors writes metadata in an order of chance.
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
 
 
 def _sum(arrays: Mapping[str, np.ndarray], shards: str) -> str:
