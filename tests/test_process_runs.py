@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_run
 from test_processes import DEADLINE_S, ROOT, Group
 
@@ -27,6 +29,21 @@ SETTINGS = (
 )
 PROGRAM = "import sys; from wan22_jax.train import main; sys.exit(main())"  # as wan22-train
 TRAIN = ("-c", PROGRAM, "--config", "lora.toml", *SETTINGS)
+FULL = """
+activation_checkpointing = true
+ema_decay = 0.9
+eval_datasets = ['dataset.toml']
+eval_every_n_steps = 2
+keep_last_n_checkpoints = 2
+keep_best_checkpoint = true
+save_dtype = 'float32'
+save_every_n_steps = 2
+"""
+SAMPLE = """
+[sample]
+prompts = ['a cat --w 32 --h 32 --f 5 --s 1']
+every_n_steps = 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +68,9 @@ def whole(folder) -> Path:
     return only_run(folder / "whole")
 
 
-def train_alone(folder: Path, *flags: str) -> str:
+def train_alone(folder: Path, *flags: str, program: Sequence[str] = TRAIN) -> str:
     done = subprocess.run(
-        [sys.executable, *TRAIN, *flags],
+        [sys.executable, *program, *flags],
         cwd=folder,
         env=os.environ
         | {
@@ -142,3 +159,26 @@ def test_killed_at_random_moments_with_other_numbers_of_processes_a_run_ends_ali
         assert group.codes() == [0, 0], group.said()
     (run_dir,) = (path.parent for path in folder.glob(f"random/*/{FOLDER}") if list_steps(path))
     check_same_end(run_dir, only_run(folder / "long"), step=MANY_STEPS)
+
+
+@pytest.mark.long
+def test_weights_that_are_divided_among_processes_are_evaluated_shown_saved_and_exported(folder):
+    config = (folder / "lora.toml").read_text().replace("[adapter]\nrank = 2\n", SAMPLE)
+    (folder / "full.toml").write_text(FULL + config.replace("lr = 1e-2", "lr = 1e-3\neps = 0.01"))
+    full = ("-c", PROGRAM, "--config", "full.toml", *SETTINGS, "max_steps=3")
+    with Group(folder, *full, "output_dir=divided") as group:
+        assert group.codes() == [0, 0], group.said()
+    assert "data 1 x fsdp 2 x context 1" in group.said(0)
+    divided = only_run(folder / "divided")
+    assert (divided / "samples" / "step00000002" / "00.mp4").is_file()
+    train_alone(folder, "output_dir=undivided", program=full)
+    undivided = only_run(folder / "undivided")
+    check_same_end(divided, undivided, step=3)
+    for step in (2, 3):
+        found, expected = (
+            safetensors.numpy.load_file(run_dir / f"step{step}" / "model.safetensors")
+            for run_dir in (divided, undivided)
+        )
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
