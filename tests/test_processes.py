@@ -29,7 +29,9 @@ from wan22_jax.processes import Place, add_process_arguments, find_place, run_to
 from wan22_jax.training.step import TrainState
 
 ROOT = Path(__file__).parents[1]
-TOGETHER = str(Path(__file__).with_name("together.py"))
+TOGETHER, MEETING = (
+    str(Path(__file__).with_name(f"{name}.py")) for name in ("together", "meeting")
+)
 DEADLINE_S = 120
 
 
@@ -171,7 +173,7 @@ def test_one_process_is_asked_nothing(capsys):
 @pytest.fixture(scope="module")
 def agreed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("agreed")
-    with Group(folder, TOGETHER, "agree", devices=2) as group:
+    with Group(folder, TOGETHER, devices=2) as group:
         assert group.codes() == [0, 0], group.said()
     return folder
 
@@ -203,7 +205,7 @@ def test_what_they_saved_is_restored_onto_other_devices(agreed):
 
 
 def test_one_that_fails_ends_the_other(tmp_path):
-    with Group(tmp_path, TOGETHER, "fail") as group:
+    with Group(tmp_path, MEETING, "fail") as group:
         assert group.codes() == [2, 2], group.said()
     assert group.said(1).splitlines()[-1] == "error: lora.toml: is no good"
     last = group.said(0).splitlines()[-1]
@@ -212,7 +214,7 @@ def test_one_that_fails_ends_the_other(tmp_path):
 
 
 def test_one_that_does_not_come_is_missed(tmp_path):
-    with Group(tmp_path, TOGETHER, "wait", "--meeting_s", "2", number=2) as group:
+    with Group(tmp_path, MEETING, "wait", "--meeting_s", "2") as group:
         group.processes[1].kill()
         assert group.processes[0].wait(DEADLINE_S) == 2
     assert "not all 2 processes met there in 2 s" in group.said(0)
@@ -221,7 +223,7 @@ def test_one_that_does_not_come_is_missed(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_that_is_lost_ends_the_other(lost, tmp_path):
-    with Group(tmp_path, TOGETHER, "wait") as group:
+    with Group(tmp_path, MEETING, "wait") as group:
         group.wait_for(lambda: all("waiting" in group.said(process) for process in (0, 1)))
         group.processes[lost].send_signal(signal.SIGKILL)
         assert group.processes[1 - lost].wait(DEADLINE_S) not in (0, -signal.SIGKILL)

@@ -1,11 +1,8 @@
-"""What a process of several does in tests/test_processes.py, beside wan22-train itself."""
+"""How two processes agree, vote and save: what each of them does in tests/test_processes.py."""
 
-import argparse
-import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from meeting import meet
 
 from wan22_jax import processes, run_folder
 from wan22_jax.checkpoint import FullDisk, list_steps, open_checkpoints, restore_state
@@ -24,19 +22,6 @@ from wan22_jax.training.step import TrainState
 
 VALUES = np.arange(32, dtype=np.float32).reshape(8, 4)
 META = {"config": {}}
-
-
-def main() -> int:
-    """Runs one of the functions below, by name, in this process of several."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--meeting_s", type=int, default=processes.MEETING_S)
-    parser.add_argument("--heartbeat_s", type=int, default=processes.HEARTBEAT_S)
-    processes.add_process_arguments(parser)
-    args = parser.parse_args()
-    processes.MEETING_S, processes.HEARTBEAT_S = args.meeting_s, args.heartbeat_s
-    logging.basicConfig(stream=sys.stdout)
-    return processes.run_together(args, globals()[args.name])
 
 
 def agree() -> None:
@@ -145,19 +130,6 @@ def make_state(step: int, *, spec: PartitionSpec = PartitionSpec("all")) -> Trai
     )
 
 
-def fail() -> None:
-    """One process is wrong, the other one waits for it."""
-    if processes.index() == 1:
-        raise BadInput("lora.toml: is\nno good")
-    processes.gather(None, "never")
-
-
-def wait() -> None:
-    """To be killed."""
-    print("waiting", flush=True)  # noqa: T201
-    time.sleep(600)
-
-
 def _refuse() -> None:
     assert processes.is_main()
     raise BadInput("no good")
@@ -169,4 +141,4 @@ def _place(values: np.ndarray, spec: PartitionSpec) -> jax.Array:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(meet(agree))
