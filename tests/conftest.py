@@ -19,10 +19,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A worker that began one of these last would be alone for minutes.
 _LONGEST = (
-    "whole_runs", "process_runs", "step", "train", "full", "demo", "resume", "saving", "encode_benchmark",
-    "calls", "averages", "diffusion_pipe_configs", "examples", "convert", "conversion", "sources",
+    "whole_runs", "step", "train", "full", "demo", "resume", "saving", "encode_benchmark", "calls",
+    "averages", "diffusion_pipe_configs", "examples", "convert", "conversion", "sources",
     "export_formats", "lora_tools", "sample_command", "evaluate", "data_fuzz", "remat", "vae",
-    "previews",
+    "previews", "process_runs",
 )  # fmt: skip
 
 
