@@ -22,7 +22,7 @@ _LONGEST = (
     "whole_runs", "step", "train", "full", "demo", "resume", "saving", "encode_benchmark", "calls",
     "averages", "diffusion_pipe_configs", "examples", "convert", "conversion", "sources",
     "export_formats", "lora_tools", "sample_command", "evaluate", "data_fuzz", "remat", "vae",
-    "previews",
+    "previews", "process_runs",
 )  # fmt: skip
 
 

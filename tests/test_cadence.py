@@ -79,6 +79,17 @@ def test_minutes_count_from_the_last_checkpoint(tmp_path):
     assert due == [False, True, False, False, True, False, True]
 
 
+def test_what_processes_have_agreed_on_counts_instead_of_the_clock(tmp_path):
+    now = 0.0
+    cadence = make_cadence(tmp_path, "checkpoint_every_n_minutes=2", clock=lambda: now)
+    due = []
+    for now, agreed in ((60, True), (150, False), (190, False)):  # noqa: B007
+        before = cadence.is_late()
+        done = cadence.after(1, 1, ends_epoch=False, ends_run=False, late=agreed)
+        due.append((before, done.checkpoint))
+    assert due == [(False, True), (False, False), (True, False)]
+
+
 @pytest.mark.parametrize(
     ("runs", "key", "expected"),
     [

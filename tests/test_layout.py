@@ -15,7 +15,7 @@ LAYERS = [
     {"wan22_jax.toml_file", "wan22_jax.outputs"},
     {"wan22_jax.adapter_targets"},
     {"wan22_jax.geometry", "wan22_jax.batch", "wan22_jax.tensor_files", "wan22_jax.model.shards"}
-    | {"wan22_jax.spread"},
+    | {"wan22_jax.processes", "wan22_jax.spread"},
     {"wan22_jax.sharding"},
     {"wan22_jax.quantised"},
     {"wan22_jax.model.lora", "wan22_jax.model.flow", "wan22_jax.model.rope"}
@@ -61,6 +61,7 @@ LAYERS = [
     },
     {"wan22_jax.data.entries"},
     {"wan22_jax.data.loader", "wan22_jax.data.cache_writer", "wan22_jax.checkpoint"}
+    | {"wan22_jax.joint_save"}
     | {"wan22_jax.data.preflight_page"},
     {"wan22_jax.data.eval_clips"},
     {"wan22_jax.training.evaluate"},

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
 from convert.weights import convert
-from wan22_jax.checkpoint import FOLDER, list_steps
+from wan22_jax.checkpoint import FOLDER, list_steps, read_arrays, read_meta
 from wan22_jax.data.cache import CACHE_FOLDER, make_latents_key, make_text_key, name_encoders
 from wan22_jax.data.cache_writer import open_writer
 from wan22_jax.data.index import ClipEntry
@@ -83,11 +82,8 @@ def digest_state(run_dir: Path, step: int | None = None) -> tuple[int, str]:
     folder = run_dir / FOLDER
     step = max(list_steps(folder)) if step is None else step
     digests = []
-    for item in ("trainable", "opt_state", "ema"):
-        if not (folder / str(step) / item).exists():
-            continue
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            digests.append(hash_arrays(checkpointer.restore(folder.absolute() / str(step) / item)))
+    for item, described in read_meta(folder / str(step))["arrays"].items():
+        digests.append(hash_arrays(read_arrays(folder / str(step), item, described)))
     return step, " ".join(digests)
 
 

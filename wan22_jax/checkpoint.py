@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from wan22_jax import processes
 from wan22_jax.errors import BadInput, is_full_disk
+from wan22_jax.joint_save import JointSave
 from wan22_jax.training.averages import average_of_arrays
 from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, by_path, find_optimizer
 from wan22_jax.training.step import TrainState, start_ema
@@ -60,7 +62,7 @@ class Checkpoints:
         self.last = max(list_steps(directory), default=None)
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._checkpointer: ocp.AsyncCheckpointer | None = None
-        self._under_way: Future[int] | None = None
+        self._under_way: tuple[int, Future[None]] | None = None
 
     def save(
         self, state: TrainState, meta: dict[str, Any], *, prune: Callable[[], None] | None = None
@@ -78,7 +80,7 @@ class Checkpoints:
         self.wait()
         step, items = int(state.step), _name_arrays(state)
         needed = sum(array.nbytes for arrays in items.values() for array in arrays.values())
-        free = shutil.disk_usage(self.directory).free
+        free = processes.from_main(lambda: shutil.disk_usage(self.directory).free, "free")
         if free < needed + _SPARE_BYTES:
             raise FullDisk(
                 f"{self.directory / str(step)}: a checkpoint takes {needed / 1e6:,.1f} MB, the "
@@ -87,18 +89,24 @@ class Checkpoints:
         arrays = {name: _describe_arrays(item) for name, item in items.items()}
         meta = {"version": VERSION, "step": step, **meta, "arrays": arrays}
         unfinished = self.directory / f"{step}{_UNFINISHED}"
+
+        def publish() -> None:
+            self._publish(unfinished, step, meta, prune)
+
+        if processes.count() > 1:
+            joint = JointSave(unfinished, items)
+            self._under_way = step, self._worker.submit(joint.complete, publish)
+            return
         if self._checkpointer is None:
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._explain_full_disk():
             self._checkpointer.save(unfinished, args=ocp.args.Composite(**saved))
-        self._under_way = self._worker.submit(
-            self._complete, self._checkpointer, unfinished, step, meta, prune
-        )
+        self._under_way = step, self._worker.submit(_complete, self._checkpointer, publish)
 
     def check(self) -> None:
         """Raises FullDisk if a save has failed since the last call; does not wait for one."""
-        if self._under_way is not None and self._under_way.done():
+        if self._under_way is not None and self._under_way[1].done():
             self.wait()
 
     def describe_last(self) -> str:
@@ -112,24 +120,19 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for the save under way; raises FullDisk if it failed."""
         if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
+            (step, under_way), self._under_way = self._under_way, None
             with self._explain_full_disk():
-                self.last = under_way.result()
+                under_way.result()
+                self.last = step
 
     def close(self) -> None:
         """Waits for the save under way, whatever becomes of it."""
         self._worker.shutdown()
         self._drop_checkpointer()
 
-    def _complete(
-        self,
-        checkpointer: ocp.AsyncCheckpointer,
-        unfinished: Path,
-        step: int,
-        meta: dict[str, Any],
-        prune: Callable[[], None] | None,
-    ) -> int:
-        checkpointer.wait_until_finished()
+    def _publish(
+        self, unfinished: Path, step: int, meta: dict[str, Any], prune: Callable[[], None] | None
+    ) -> None:
         files = {
             str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)]
             for path in sorted(unfinished.rglob("*"))
@@ -142,7 +145,6 @@ class Checkpoints:
         unfinished.rename(complete)
         if prune is not None:
             prune()
-        return step
 
     @contextmanager
     def _explain_full_disk(self) -> Iterator[None]:
@@ -164,6 +166,11 @@ class Checkpoints:
                 log.debug("%s", error)
 
 
+def _complete(checkpointer: ocp.AsyncCheckpointer, publish: Callable[[], None]) -> None:
+    checkpointer.wait_until_finished()
+    publish()
+
+
 @contextmanager
 def open_checkpoints(run_dir: Path) -> Iterator[Checkpoints]:
     """Opens the run's checkpoints for saving; what is under way at the end is waited for.
@@ -175,17 +182,7 @@ def open_checkpoints(run_dir: Path) -> Iterator[Checkpoints]:
         BadInput: another process has them open, or the disk filled up inside of this context.
     """
     folder = (run_dir / FOLDER).absolute()
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the kernel lets go of it when the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise BadInput(
-            f"{run_dir}: another process is training this run; wait for it, or end it first"
-        ) from None
-    except OSError as error:  # some network disks have no locks
-        log.debug("%s: cannot be locked (%s)", folder, error)
+    lock = processes.from_main(lambda: _lock(folder, run_dir), "lock")
     _remove_unfinished(folder)
     checkpoints = Checkpoints(folder)
     try:
@@ -198,7 +195,23 @@ def open_checkpoints(run_dir: Path) -> Iterator[Checkpoints]:
     finally:
         checkpoints.close()
         _remove_unfinished(folder)
+        if processes.is_main():
+            os.close(lock)
+
+
+def _lock(folder: Path, run_dir: Path) -> int:
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the kernel lets go of it when the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(lock)
+        raise BadInput(
+            f"{run_dir}: another process is training this run; wait for it, or end it first"
+        ) from None
+    except OSError as error:  # some network disks have no locks
+        log.debug("%s: cannot be locked (%s)", folder, error)
+    return lock
 
 
 def restore_state(
@@ -305,11 +318,7 @@ def read_trainable(
             version, or is damaged.
     """
     checkpoint, items, meta = find_trainable(path, step, ema=ema)
-    read = _read(checkpoint, {name: ocp.args.StandardRestore() for name in items})
-    arrays = {
-        name: {path: np.asarray(array) for path, array in of_item.items()}
-        for name, of_item in read.items()
-    }
+    arrays = {item: read_arrays(checkpoint, item, meta["arrays"][item]) for item in items}
     if "opt_state" in arrays:
         return average_of_arrays(arrays["trainable"], arrays["opt_state"]), meta
     return arrays[items[0]], meta
@@ -337,16 +346,17 @@ def find_trainable(
     return checkpoint, items, meta
 
 
-def read_array(checkpoint: Path, item: str, name: str) -> np.ndarray:
-    """Reads one array of an item, without the others."""
+def read_arrays(checkpoint: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads arrays of an item, without the others, from however many devices they came."""
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
-        target = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restored = checkpointer.restore(
+        target = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        return checkpointer.restore(
             (checkpoint / item).absolute(),
-            ocp.args.PyTreeRestore({name: 0}, restore_args=target, partial_restore=True),
+            ocp.args.PyTreeRestore(
+                dict.fromkeys(target, 0), restore_args=target, partial_restore=True
+            ),
         )
-    return restored[name]
 
 
 def read_saved_meta(path: Path, step: int | None = None) -> dict[str, Any]:
@@ -469,6 +479,8 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
+    if not processes.is_main():
+        return
     for pattern in (f"*{_UNFINISHED}*", f"*{_REMOVED}", "*.orbax-checkpoint-tmp"):
         for unfinished in folder.glob(pattern):
             shutil.rmtree(unfinished, ignore_errors=True)  # an interrupted save may still run

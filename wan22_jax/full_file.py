@@ -17,7 +17,7 @@ import numpy as np
 
 from wan22_jax.adapter import Adapter, describe_sizes, digest_config
 from wan22_jax.adapter_targets import trains_all
-from wan22_jax.checkpoint import find_trainable, read_array, read_saved_meta, read_trainable
+from wan22_jax.checkpoint import find_trainable, read_arrays, read_saved_meta, read_trainable
 from wan22_jax.errors import BadInput
 from wan22_jax.model_folder import FLOAT8, quantise_layer, unquantised_dtype
 from wan22_jax.model_tensors import HeldTensors, Tensors
@@ -68,7 +68,7 @@ class _CheckpointTensors:
         }
 
     def read(self, name: str) -> np.ndarray:
-        return read_array(self._checkpoint, self._item, name)
+        return read_arrays(self._checkpoint, self._item, [name])[name]
 
 
 def is_full(path: Path, step: int | None = None) -> bool:

@@ -276,7 +276,7 @@ def _restore(
     shapes = stacked_shapes(module)
     for name in quantise:
         del shapes[scale_of(name)]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GIB)
     ) as checkpointer:

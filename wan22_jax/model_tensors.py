@@ -21,6 +21,7 @@ from wan22_jax.model_folder import (
     open_array,
     read_model_card,
 )
+from wan22_jax.processes import is_held, to_host
 from wan22_jax.weights import is_stacked, official_names, scale_of, stacked_shapes
 
 
@@ -48,6 +49,32 @@ class HeldTensors:
     def read(self, name: str) -> np.ndarray:
         """Reads one, as it is."""
         return np.asarray(self._arrays[name])
+
+
+class GatheredTensors:
+    """Arrays of JAX; one at a time is copied to the host, from the devices of all processes.
+
+    What a process does not hold whole, all have to read in the same order, so one of them reads, in
+    the order of ``shapes``, and the others ``finish``, which it does too in the end.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        self._arrays = arrays
+        self._left = [name for name, array in arrays.items() if not is_held(array)]
+        self.shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one, as it is."""
+        if name in self._left:
+            if name != self._left[0]:
+                raise ValueError(f"{name} was read before {self._left[0]}")
+            self._left.pop(0)
+        return to_host(self._arrays[name])
+
+    def finish(self) -> None:
+        """Takes part in reading what is left, whatever became of what was read."""
+        for name in list(self._left):
+            self.read(name)
 
 
 class FolderTensors:

@@ -12,6 +12,7 @@ import optax
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput
 from wan22_jax.model.transformer import TransformerConfig
+from wan22_jax.processes import is_main
 from wan22_jax.resuming import Start, compare
 from wan22_jax.training.events import Curve, Session, read_events
 from wan22_jax.training.metrics import Plan, Progress
@@ -89,7 +90,7 @@ def list_changes(before: str, now: str) -> tuple[str, ...]:
 
 def _open_wandb(config: TrainConfig, run_dir: Path) -> WandbLog | None:
     wanted = config.monitoring
-    if not wanted.enable_wandb:
+    if not wanted.enable_wandb or not is_main():
         return None
     if wanted.wandb_tracker_name is None:
         raise BadInput(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from wan22_jax.data.video_file import read_metadata
 from wan22_jax.errors import BadInput
+from wan22_jax.processes import is_main
 
 SAMPLES = "samples"
 _STEP = re.compile(r"step\d{8,}")
@@ -24,9 +25,10 @@ class PreviewFile(NamedTuple):
 
 
 def make_step_folder(run_dir: Path, step: int) -> Path:
-    """Makes the folder of a step's videos."""
+    """Makes the folder of a step's videos; of several processes the first does."""
     folder = run_dir / SAMPLES / f"step{step:08}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -8,6 +8,7 @@ of the prompt's seed alone, nothing that training reads is written, and no failu
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from wan22_jax.errors import BadInput, is_full_disk, one_line
 from wan22_jax.geometry import FPS, LATENT_CHANNELS, Bucket, check_bucket
 from wan22_jax.model_folder import load_vae
 from wan22_jax.preview_files import SAMPLES, make_step_folder
+from wan22_jax.processes import is_main
 from wan22_jax.prompts import Request, choose_frame, read_prompt, read_prompt_file
 from wan22_jax.stopping import Wishes
 from wan22_jax.training.averages import evaluation_weights
@@ -187,7 +189,7 @@ class Previewer:
         start = time.monotonic()
 
         def check() -> None:
-            if wishes.read().stop:
+            if wishes.ends_at_once():
                 raise _Stopped
 
         try:
@@ -238,6 +240,9 @@ class Previewer:
             said = {"step": step, "vae_dtype": self._prepared.vae_dtype}
             with _forgiving(progress, step, _name(video)):
                 chunks = _check_between(fetch_video(vae.decode_chunks(latents_BTYXC)), check)
+                if not is_main():  # the devices of all processes decode together
+                    deque(chunks, maxlen=0)
+                    continue
                 gif = _write(video, folder, chunks, metadata=describe_request(video) | said)
                 progress.add_animation(_tag(video), gif, step)
                 num_made += 1

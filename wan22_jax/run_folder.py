@@ -14,11 +14,14 @@ A run folder is named after the time, in UTC, at which the run started::
 
 import logging
 import shutil
+import socket
 import time
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan22_jax import processes
 from wan22_jax.adapter_targets import TARGETS, describe_targets, parse_targets
 from wan22_jax.checkpoint import find_run
 from wan22_jax.config import TrainConfig, dump_config, load_dataset
@@ -36,6 +39,7 @@ from wan22_jax.resuming import (
     list_changes,
 )
 
+SEEN_S = 30  # that a network disk may take to show a new folder to other hosts
 log = logging.getLogger(__name__)
 
 
@@ -71,10 +75,33 @@ def open_run(
 ) -> Run:
     """Makes a new run folder with its configs, or opens the one to resume.
 
+    Of several processes one does; the others are told, and have to see the folder.
+
     Raises:
-        BadInput: there is nothing to resume, no checkpoint is sound, or it was trained on another
-            base or adapter shape.
+        BadInput: there is nothing to resume, no checkpoint is sound, it was trained on another
+            base or adapter shape, or another process does not see it or wants something else.
     """
+    check_alike(dump_config(config), f"--resume_from_checkpoint {resume}", f"{reset}")
+
+    def choose() -> tuple[str, Start]:
+        folder, start = _choose(config, config_file, resume=resume, meta=meta, reset=reset)
+        return str(folder), start
+
+    name, start = processes.from_main(choose, "run")
+    folder, start = Path(name), Start(*start)
+    check_seen(folder)
+    progress = {"data_offset": start.data_offset, "schedule_start": start.schedule_start}
+    return Run(folder, start, meta | progress)
+
+
+def _choose(
+    config: TrainConfig,
+    config_file: Path,
+    *,
+    resume: bool | str,
+    meta: dict[str, Any],
+    reset: Reset,
+) -> tuple[Path, Start]:
     output_dir = Path(config.output_dir)
     if not resume:
         if any(reset):
@@ -97,8 +124,47 @@ def open_run(
         for change in list_changes(saved, meta):
             log.info("changed since the checkpoint: %s", change)
         start = choose_start(saved, steps_per_epoch=meta["steps_per_epoch"], reset=reset)
-    progress = {"data_offset": start.data_offset, "schedule_start": start.schedule_start}
-    return Run(folder, start, meta | progress)
+    return folder, start
+
+
+def check_alike(*settings: str) -> None:
+    """Raises BadInput in all processes if they were started with different settings."""
+    for process, others in enumerate(processes.gather(settings, "settings")):
+        for ours, theirs in zip(settings, others, strict=True):
+            differing = sorted(set(ours.splitlines()) ^ set(theirs.splitlines()))
+            if differing:
+                raise BadInput(
+                    f"process {process} was started with other settings than process "
+                    f"{processes.index()} ({differing[0]}); give all the same config and flags"
+                )
+
+
+def check_seen(folder: Path) -> None:
+    """Raises BadInput in all processes if one of them does not see what process 0 writes."""
+    if processes.count() == 1:
+        return
+
+    def mark() -> str:
+        # A name that was never there: a folder of the same name may be on another disk.
+        mark = folder / f".{uuid.uuid4().hex}"
+        mark.touch()
+        return mark.name
+
+    mark_file = folder / processes.from_main(mark, "mark")
+    problem, deadline = None, time.monotonic() + SEEN_S
+    while not mark_file.exists():
+        if time.monotonic() > deadline:
+            problem = (
+                f"{folder.absolute()} on {socket.gethostname()}: is not the folder that process 0 "
+                "writes to; set output_dir to a folder on a disk that all hosts share"
+            )
+            break
+        time.sleep(0.1)
+    try:
+        processes.agree(problem, "seen")
+    finally:
+        if processes.is_main():
+            mark_file.unlink(missing_ok=True)
 
 
 def _check_same(folder: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:

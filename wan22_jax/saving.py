@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from wan22_jax import processes
 from wan22_jax.adapter import make_adapter
 from wan22_jax.adapter_file import write_proven
 from wan22_jax.checkpoint import (
@@ -28,7 +27,7 @@ from wan22_jax.checkpoint import (
 from wan22_jax.config import TrainConfig, dump_config
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.full_file import make_metadata, write_full
-from wan22_jax.model_tensors import HeldTensors
+from wan22_jax.model_tensors import GatheredTensors
 from wan22_jax.stopping import Wish
 from wan22_jax.training.averages import evaluation_weights
 from wan22_jax.training.cadence import Due
@@ -78,6 +77,8 @@ class Saver:
         self._retention = retention
         self._say = say
         self._failed: dict[str, BadInput] = {}  # of the last checkpoint and the last adapter
+        if not processes.is_main():
+            return
         for pattern in (f".*{_PARTIAL}", f".*{_REPLACED}"):
             for rest in self._run_dir.glob(pattern):
                 shutil.rmtree(rest, ignore_errors=True)
@@ -107,6 +108,8 @@ class Saver:
     def checkpoint(self, state: TrainState, *, eval_loss: float | None = None) -> None:
         """Starts a checkpoint; ``eval_loss`` is that of this very state, if it was evaluated."""
         meta = self._meta | {"eval_loss": eval_loss}
+        if processes.count() > 1:  # they may hear of a failure at different times, but not here
+            self._settle(self._checkpoints.wait)
         self._failed.pop("checkpoint", None)
         self._settle(lambda: self._checkpoints.save(state, meta, prune=self._prune))
         if "checkpoint" not in self._failed:
@@ -118,17 +121,43 @@ class Saver:
         if not self._retention.best:
             return False
         self._settle(self._checkpoints.wait)  # one that is under way counts
-        known = [loss for loss in self._read_losses().values() if loss is not None]
-        return eval_loss < min(known, default=math.inf)
+
+        def read_best() -> float:
+            known = [loss for loss in self._read_losses().values() if loss is not None]
+            return min(known, default=math.inf)
+
+        return eval_loss < processes.from_main(read_best, "best")
 
     def export(self, state: TrainState, name: str) -> None:
-        """Writes the adapter and the config to a folder of the run, in place of one so called."""
+        """Writes the adapter and the config to a folder of the run, in place of one so called.
+
+        Of several processes the first writes, the others hand over what it has not.
+        """
+        weights = GatheredTensors(flatten_state(evaluation_weights(state)))
+        step = int(state.step)
+
+        def write() -> str | None:
+            try:
+                return self._export(weights, name, step)
+            finally:
+                weights.finish()
+
+        if not processes.is_main():
+            weights.finish()
+        problem = processes.from_main(write, "export")
+        if problem is None:
+            self._failed.pop("export", None)
+        else:
+            self._fail("export", BadInput(problem))
+
+    def _export(self, weights: GatheredTensors, name: str, step: int) -> str | None:
+        """Returns why nothing was written, None if it was."""
         folder = self._run_dir / name
         partial = self._run_dir / f".{name}{_PARTIAL}"
         replaced = self._run_dir / f".{name}{_REPLACED}"
-        meta = self._meta | {"step": int(state.step)}
+        meta = self._meta | {"step": step}
         try:
-            file = self._write_trained(state, partial, meta, source=str(folder))
+            file = self._write_trained(weights, partial, meta, source=str(folder))
             (partial / self._config_name).write_text(dump_config(self._config), "utf-8")
             if folder.exists():
                 folder.rename(replaced)
@@ -137,26 +166,22 @@ class Saver:
             if isinstance(error, OSError) and not is_full_disk(error):
                 raise
             what = error if isinstance(error, BadInput) else "the disk is full"
-            self._fail("export", BadInput(f"{folder}: was not saved ({what})"))
-        else:
-            self._failed.pop("export", None)
-            self._say(f"step {int(state.step)}: saved {folder / file}")
+            return f"{folder}: was not saved ({what})"
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
+        self._say(f"step {step}: saved {folder / file}")
+        return None
 
     def _write_trained(
-        self, state: TrainState, folder: Path, meta: dict[str, Any], *, source: str
+        self, weights: GatheredTensors, folder: Path, meta: dict[str, Any], *, source: str
     ) -> str:
         """Writes the adapter, or all weights; returns the file's name."""
-        weights = flatten_state(evaluation_weights(state))
         if self._config.adapter is None:
             dtype = str(self._config.save_dtype or self._config.model.dtype)
-            write_full(
-                HeldTensors(weights), folder / FULL_FILE, dtype=dtype, metadata=make_metadata(meta)
-            )
+            write_full(weights, folder / FULL_FILE, dtype=dtype, metadata=make_metadata(meta))
             return FULL_FILE
-        matrices = {name: np.asarray(array) for name, array in weights.items()}
+        matrices = {name: weights.read(name) for name in weights.shapes}
         write_proven(make_adapter(matrices, meta, source=source), folder / ADAPTER_FILE)
         return ADAPTER_FILE
 

@@ -21,6 +21,7 @@ from wan22_jax.geometry import Bucket
 from wan22_jax.model_folder import choose_transformer_dtype, read_model_card
 from wan22_jax.monitoring import open_progress
 from wan22_jax.previews import Previewer, prepare_previews, read_previews
+from wan22_jax.processes import add_process_arguments, run_together
 from wan22_jax.resuming import NOTHING, Reset, resume_state
 from wan22_jax.run_folder import describe_run, open_run
 from wan22_jax.saving import Saver, name_checkpoint
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="wan22-train", description=__doc__)
     parser.add_argument("--config", type=Path, help="the training TOML file")
     add_watch_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(resume, str) and "=" in resume:  # the flag without a value, then an override
         overrides, resume = [resume, *overrides], True
     reset = Reset(args.reset_optimizer, args.reset_optimizer_params, args.reset_dataloader)
-    return run_command(lambda: train(args.config, overrides, resume=resume, reset=reset))
+    return run_together(args, lambda: train(args.config, overrides, resume=resume, reset=reset))
 
 
 def train(
@@ -243,16 +245,16 @@ def train(
                         StepReport(done, epoch, ends_epoch, item.bucket, metrics, item.clips),
                         new_program=is_new,
                     )
-                due = cadence.after(
-                    done, epoch, ends_epoch=ends_epoch, ends_run=done == total_steps
-                )
                 wish, eval_loss = wishes.read(), None
+                due = cadence.after(
+                    done, epoch, ends_epoch=ends_epoch, ends_run=done == total_steps, late=wish.late
+                )
                 if due.exports or due.checkpoint or wish.checkpoint:
                     progress.flush()  # the state is saved only if its step was sound
                 if evaluator and due.evaluate:
                     eval_loss = evaluate(evaluator, state, progress, done)
                 saver.save(state, due, wish, eval_loss=eval_loss)
-                wishes.fulfil(wish)
+                wishes.fulfil(wish, late=cadence.is_late())
                 if wish.stop:
                     break
                 if previewer and due.preview:  # what they do to the run, they do to a saved one

@@ -62,7 +62,20 @@ class Cadence:
         self._clock = clock
         self._checkpointed_at = clock()
 
-    def after(self, step: int, epoch: int, *, ends_epoch: bool, ends_run: bool) -> Due:
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is ``checkpoint_every_n_minutes`` ago, by this clock."""
+        minutes = (self._clock() - self._checkpointed_at) / 60
+        return self._checkpoint_minutes is not None and minutes >= self._checkpoint_minutes
+
+    def after(
+        self,
+        step: int,
+        epoch: int,
+        *,
+        ends_epoch: bool,
+        ends_run: bool,
+        late: bool | None = None,
+    ) -> Due:
         """Says what is due, and takes it for done.
 
         Args:
@@ -70,18 +83,18 @@ class Cadence:
             epoch: counted from 1.
             ends_epoch: this was the epoch's last step.
             ends_run: this was the last step: whatever else is due, all that was trained is kept.
+            late: what counts instead of ``is_late()``, where several processes have agreed.
         """
         by_epoch = ends_epoch and _divides(self._save_epochs, epoch)
         by_step = any(_divides(n, step) for n in self._save_steps)
         if ends_run and not by_step:
             by_epoch, by_step = ends_epoch, not ends_epoch
         exports = (f"epoch{epoch}",) * by_epoch + (f"step{step}",) * by_step
-        minutes = (self._clock() - self._checkpointed_at) / 60
         checkpoint = (
             ends_run
             or any(_divides(n, step) for n in self._checkpoint_steps)
             or (ends_epoch and _divides(self._checkpoint_epochs, epoch))
-            or (self._checkpoint_minutes is not None and minutes >= self._checkpoint_minutes)
+            or (self.is_late() if late is None else late)
         )
         if checkpoint:
             self._checkpointed_at = self._clock()

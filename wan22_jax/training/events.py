@@ -114,6 +114,15 @@ class EventLog:
             self._disk_was_full = True
 
 
+class NoLog:
+    """What a process that does not write has in place of an ``EventLog``."""
+
+    def _ignore(self, *_: object) -> None:
+        pass
+
+    write = write_epoch = write_animation = write_text = flush = close = _ignore
+
+
 def read_events(run_dir: Path) -> tuple[list[Session], dict[str, Curve]]:
     """Reads all event files of a run, which may be growing, as one run.
 

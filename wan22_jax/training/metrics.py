@@ -19,8 +19,9 @@ from tqdm import tqdm
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.transformer import TransformerConfig
+from wan22_jax.processes import is_main
 from wan22_jax.sharding import peak_memory
-from wan22_jax.training.events import EventLog, Session
+from wan22_jax.training.events import EventLog, NoLog, Session
 from wan22_jax.training.flops import count_flops
 from wan22_jax.training.status import Status, write_status
 from wan22_jax.training.wandb_log import WandbLog
@@ -66,7 +67,10 @@ class Plan(NamedTuple):
 
 
 class Progress:
-    """The progress line, the event file, the status and the W&B run of a session; a context."""
+    """The progress line, the event file, the status and the W&B run of a session; a context.
+
+    Of several processes the first writes them; the others only look at the losses.
+    """
 
     def __init__(
         self,
@@ -89,14 +93,14 @@ class Progress:
             wandb: gets the scalars too.
         """
         self._run_dir, self._session, self._plan, self._wandb = run_dir, session, plan, wandb
-        self._events = EventLog(run_dir, session)
+        self._events = EventLog(run_dir, session) if is_main() else NoLog()
         # Where the line cannot be rewritten, in a log, plain lines take its place.
         self._bar = tqdm(
             total=plan.total_steps,
             initial=session.first_step,
             dynamic_ncols=True,
             bar_format=_LINE,
-            disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+            disable=not (is_main() and sys.stderr.isatty() and sys.stdout.isatty()),
         )
         self._pending: StepReport | None = None
         self._pushed_at: float | None = None
@@ -261,6 +265,8 @@ class Progress:
             self._write_status()
 
     def _write_status(self) -> None:
+        if not is_main():
+            return
         self._status = self._status._replace(written_at=time.time())
         try:
             write_status(self._run_dir, self._status)
