@@ -221,7 +221,7 @@ def test_what_changes_nothing_is_said_in_a_sentence_and_the_rest_is_refused(tmp_
         "compile",
     ]
     for line, expected in (
-        ("pipeline_stages = 2", "pipeline_stages = 2: belongs to DeepSpeed's"),
+        ("pipeline_stages = 2", "pipeline_stages = 2: layers are not divided among GPUs"),
         ("map_num_proc = 'many'", "key map_num_proc"),
         ("compile = 1", "key compile"),
         ("steps_per_print = 0", "key steps_per_print"),

@@ -53,6 +53,7 @@ LAYERS = [
         "wan22_jax.full_config",
     },
     {"wan22_jax.training.draws"},
+    {"wan22_jax.training.ema"},
     {
         "wan22_jax.training.step",
         "wan22_jax.training.metrics",

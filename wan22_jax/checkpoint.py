@@ -31,8 +31,9 @@ from wan22_jax import processes
 from wan22_jax.errors import BadInput, is_full_disk
 from wan22_jax.joint_save import JointSave
 from wan22_jax.training.averages import average_of_arrays
+from wan22_jax.training.ema import start_ema
 from wan22_jax.training.optimizer_options import ScheduleFreeAdamW, by_path, find_optimizer
-from wan22_jax.training.step import TrainState, start_ema
+from wan22_jax.training.step import TrainState
 
 VERSION = 2
 FOLDER = "checkpoints"

@@ -35,6 +35,7 @@ _LEAVING_S = 5  # for a process to end by itself when another has failed
 _POLL_S = 1
 _KEY = "wan22_jax"
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
+_LAUNCHER_FLAGS = ("--deepspeed", "--deepspeed_config", "--local_rank", "--num_gpus")
 _calls: Counter[str] = Counter()  # the coordinator keeps each value under a name of its own
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    for flag in _LAUNCHER_FLAGS:
+        parser.add_argument(flag, nargs="?", const=True, help=argparse.SUPPRESS)
 
 
 def find_place(args: argparse.Namespace) -> Place | None:
@@ -71,6 +74,13 @@ def find_place(args: argparse.Namespace) -> Place | None:
         BadInput: the flags do not fit together, or a launcher has started several processes that
             cannot find each other.
     """
+    for flag in _LAUNCHER_FLAGS:
+        if getattr(args, flag.removeprefix("--")) is not None:
+            raise BadInput(
+                f"{flag} is of DeepSpeed's launcher, and there is none here: start wan22-train "
+                "itself, which takes all GPUs; CUDA_VISIBLE_DEVICES shows it fewer, [parallel] "
+                "says what is divided among them"
+            )
     given = Place(*(getattr(args, name) for name in _FLAGS))
     if given != Place():
         return _check(given)

@@ -3,7 +3,10 @@
 from typing import Any
 
 _LATER_VERSION = "is not supported by this version yet"
-_DEEPSPEED = "belongs to DeepSpeed's pipeline parallelism, which wan22_jax does not use"
+_STAGES = (
+    "layers are not divided among GPUs in stages; [parallel] fsdp divides the weights, context the "
+    "tokens of each clip, and blocks_to_swap keeps weights in host memory"
+)
 _E5M2 = "e5m2 keeps two bits of a weight's mantissa, one less than 'float8' (e4m3); use 'float8'"
 _CONVERT = (
     "convert it into the model folder instead: wan22-convert --ckpt_path MODEL --{} FILE --out "
@@ -25,7 +28,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, "float32", "float16", "bfloat16"),
         "rounds a LoRA's small weights to two or three bits; use 'bfloat16'",
     ),
-    "pipeline_stages": ((None, 1), _DEEPSPEED),
+    "pipeline_stages": ((None, 1), _STAGES),
     "control_path": ((None,), "belongs to edit models; TI2V-5B has no control input"),
     "shuffle_metadata": ((None, True), "the order is always shuffled, by seed and epoch"),
     "online_captions": ((None, False), f"captions read while training {_LATER_VERSION}"),

@@ -24,6 +24,7 @@ from wan22_jax.model_folder import FLOAT8, ModelCard, abstract_transformer, load
 from wan22_jax.parallel import Workload, choose_split
 from wan22_jax.sharding import device_memory, make_mesh, put
 from wan22_jax.training.blockwise import BlockwiseOptimizer
+from wan22_jax.training.ema import start_ema
 from wan22_jax.training.frozen import place_frozen
 from wan22_jax.training.full import describe_full, place_full, split_full
 from wan22_jax.training.memory import FullPlan, MemoryPlan
@@ -34,7 +35,6 @@ from wan22_jax.training.step import (
     TrainState,
     init_state,
     split_model,
-    start_ema,
 )
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def plan_memory(
     )
 
 
-def choose_devices(
+def divide_work(
     config: TrainConfig, card: ModelCard, *, dtype: str, num_tokens: int
 ) -> tuple[TrainConfig, Mesh]:
     """Decides what ``[parallel]`` leaves open; returns the config with it, and the mesh.
@@ -145,16 +145,13 @@ def choose_devices(
         activation_checkpointing=config.activation_checkpointing,
         num_tokens=num_tokens,
     )
-    num_devices = jax.device_count()
+    devices = jax.devices()
     if jax.default_backend() == "cpu":
-        asked = config.parallel.split.num_devices
-        num_devices = max(jax.process_count(), asked)
-        if asked > jax.device_count():
-            raise BadInput(f"[parallel] asks for {asked} devices, there are {jax.device_count()}")
+        devices = _list_cores(config.parallel.split.num_devices)
     split, reason = choose_split(
-        config.parallel, work, num_devices=num_devices, memory_bytes=device_memory()
+        config.parallel, work, num_devices=len(devices), memory_bytes=device_memory()
     )
-    mesh = make_mesh(split)
+    mesh = make_mesh(split, devices)
     kind = mesh.devices.flat[0].device_kind
     hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     log.info(
@@ -229,6 +226,19 @@ def start_training(
         in_loop=_wants_loop(config),
     )
     return Training(graphdef, optimizer, state, jax.block_until_ready(placed))
+
+
+def _list_cores(num_asked: int) -> list[Any]:
+    """As many CPU devices of each process."""
+    num_each = -(-num_asked // jax.process_count())
+    devices = jax.devices()
+    if num_each > jax.local_device_count():
+        raise BadInput(f"[parallel] asks for {num_asked} devices, there are {len(devices)}")
+    return [
+        device
+        for process in range(jax.process_count())
+        for device in [one for one in devices if one.process_index == process][:num_each]
+    ]
 
 
 def _count_bytes(tree: Any) -> int:

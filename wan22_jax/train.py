@@ -36,8 +36,8 @@ from wan22_jax.sharding import (
 )
 from wan22_jax.start import (
     check_deterministic,
-    choose_devices,
     choose_optimizer,
+    divide_work,
     plan_memory,
     start_training,
 )
@@ -129,7 +129,7 @@ def train(
     )
     caches = open_training_caches(config, card)
     tokens = count_tokens(config, caches)
-    config, mesh = choose_devices(config, card, dtype=dtype, num_tokens=tokens)
+    config, mesh = divide_work(config, card, dtype=dtype, num_tokens=tokens)
     sharding, own = replicated(mesh), own_examples(mesh)
     loader = open_loader(config, caches, own=(own, config.parallel.split.batch_shards))
     for line in [*list_ignored(config), *loader.report]:

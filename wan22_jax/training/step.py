@@ -24,6 +24,7 @@ from wan22_jax.model.transformer import WanTransformer
 from wan22_jax.sharding import shards_of, specs_of
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
+from wan22_jax.training.ema import start_ema, update_ema
 from wan22_jax.training.frozen import Frozen
 from wan22_jax.training.full import Trainable, merge_model, narrow_gradients
 from wan22_jax.training.optimizer_options import optimizer_metrics
@@ -80,18 +81,6 @@ def init_state(trainable: Trainable, optimizer: Optimizer, *, ema_decay: float =
     """Makes the state before the first step, with an average if there is a decay."""
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     return state._replace(ema=start_ema(trainable)) if ema_decay > 0 else state
-
-
-def start_ema(trainable: Trainable) -> Trainable:
-    """Copies weights to average from: a decay near 1 would be lost in 16 bits."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-
-
-def update_ema(ema: Trainable, trainable: Trainable, *, decay: float) -> Trainable:
-    """Returns decay * ema + (1 - decay) * trainable, leaf by leaf."""
-    return jax.tree.map(
-        lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), ema, trainable
-    )
 
 
 def loss_fn(
