@@ -18,7 +18,7 @@ from wan22_jax.dataset import read_directories
 from wan22_jax.errors import BadInput
 
 QUICK = settings(
-    max_examples=400,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -208,7 +208,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("name", "rounds"), [*((name, 250) for name in FILES), ("g.png", 500)])
+@pytest.mark.parametrize(("name", "rounds"), [*((name, 80) for name in FILES), ("g.png", 300)])
 def test_no_damaged_media_file_kills_or_hangs_the_probe(tmp_path, name, rounds):
     if name in FILES:
         write_video(tmp_path / name, **FILES[name])

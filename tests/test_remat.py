@@ -43,6 +43,7 @@ EXACT = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": Fals
 
 SENDING = {"unsloth": 3, "offload_attention": 3, "offload_matmuls": 1}  # of BLOCKS
 
+long = partial(pytest.param, marks=pytest.mark.long)
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
@@ -161,7 +162,13 @@ def is_program(value) -> bool:
 # The numbers
 
 
-@every_policy
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policy if policy in (True, "offload_attention", "offload_matmuls") else long(policy)
+        for policy in POLICIES
+    ],
+)
 def test_no_policy_changes_a_bit(policy):
     """Compiled; one block that stays on the device, two that are swapped."""
     expected = differentiate(False, 0).values
@@ -171,7 +178,10 @@ def test_no_policy_changes_a_bit(policy):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(("policy", "swap"), [(False, BLOCKS), ("offload_attention", 0)])
+@pytest.mark.parametrize(
+    ("policy", "swap"),
+    [long(False, BLOCKS), ("offload_attention", 0)],
+)
 def test_nor_in_float8_steps_of_two_micro_batches(policy, swap):
     """No block is swapped, or all are."""
     expected = take_step(False, 0).values

@@ -1,6 +1,7 @@
 """The train step on several devices: the same draws, loss and weights as on one."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -150,10 +151,22 @@ def assert_equal_to_one_device(
     return state, frozen
 
 
-SPLITS = [Split(2), Split(8), Split(1, 4), Split(1, 1, 2), Split(1, 1, 8), Split(2, 2, 2)]
+def cases(quick: list[Split]) -> list[Any]:
+    """All ways to divide 2, 4 and 8 devices; but for some, make long runs them."""
+    sizes = (1, 2, 4, 8)
+    every = [Split(*split) for split in itertools.product(sizes, repeat=3)]
+    long = [one for one in every if one.num_devices in (2, 4, 8) and one not in quick]
+    return [*quick, *(pytest.param(one, marks=pytest.mark.long) for one in long)]
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+def name(split: Split) -> str:
+    return "x".join(map(str, split))
+
+
+QUICK = [Split(8), Split(1, 4), Split(1, 1, 8), Split(2, 2, 2)]
+
+
+@pytest.mark.parametrize("split", cases(QUICK), ids=name)
 def test_an_adapter_trains_as_on_one_device(split):
     state, frozen = assert_equal_to_one_device(split)
     (rows,) = frozen.parts
@@ -163,7 +176,7 @@ def test_an_adapter_trains_as_on_one_device(split):
     assert {leaf.sharding.spec for leaf in jax.tree.leaves(state)} == {PartitionSpec()}
 
 
-@pytest.mark.parametrize("split", [Split(4), Split(1, 4), Split(1, 1, 2), Split(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("split", cases([Split(2, 2, 2)]), ids=name)
 def test_all_weights_train_as_on_one_device(split):
     state, _ = assert_equal_to_one_device(split, full=True)
     of_weight = [

@@ -281,6 +281,7 @@ def test_loss_is_the_plain_mean_of_the_trained_frames():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_recomputing_blocks_changes_no_bit():
     """Bit for bit op by op; compiled, the same up to how XLA fuses the two programs."""
     graphdef, trainable, frozen = split_model(make_model())

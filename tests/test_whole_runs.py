@@ -62,7 +62,7 @@ def run(config: str, output_dir: str, *flags: str) -> Path:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("config", ["lora.toml", "full.toml"])
+@pytest.mark.parametrize("config", ["lora.toml", pytest.param("full.toml", marks=pytest.mark.long)])
 def test_a_run_with_everything_on_ends_as_if_it_had_not_stopped(config, capsys):
     whole = run(config, "whole", "max_steps=5")
     said = capsys.readouterr().out
@@ -80,6 +80,7 @@ def test_a_run_with_everything_on_ends_as_if_it_had_not_stopped(config, capsys):
     assert any(np.any(np.asarray(raw[name]) != np.asarray(average[name])) for name in raw)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_targets_dropout_averages_and_a_lora_to_start_from(capsys):
     run_dir = run("lora.toml", "first", "max_steps=2")
