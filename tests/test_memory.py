@@ -1,11 +1,18 @@
 """When memory runs out: does the message name the setting that helps next, and only that?"""
 
+from types import SimpleNamespace
+
 import jax
+import optax
 import pytest
 
+from wan22_jax.config import ModelConfig, TrainConfig
 from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.model.transformer import TI2V_5B
+from wan22_jax.sharding import Split
+from wan22_jax.start import choose_optimizer, plan_memory
 from wan22_jax.training.memory import FullPlan, MemoryPlan, explain_exhaustion
 
 BUCKET = Bucket(1280, 704, 121)
@@ -84,6 +91,7 @@ FULL = FullPlan(
     activation_checkpointing=True,
     micro_batch=1,
     num_parameters=4_999_787_712,
+    num_parts=1,
     weight_bytes=19_999_150_848,
     gradient_bytes=10_160_000_000,
     state_bytes=39_998_301_696,
@@ -93,13 +101,33 @@ FULL = FullPlan(
 def test_a_plan_of_a_full_fine_tuning_says_what_each_part_takes():
     assert str(FULL) == (
         "4,999,787,712 weights train: float32 weights 20.0 GB, gradients 10.2 GB, optimizer state "
-        "40.0 GB in host memory; 30.2 GB on the device, activations on top"
+        "40.0 GB in host memory; 30.2 GB on a device, activations on top"
     )
     other = FULL._replace(
         weights="bfloat16", rounding="kahan", accumulates=True, offload_optimizer=False
     )
     assert "bfloat16 weights (kahan rounding) 20.0 GB" in str(other)
     assert "gradients 10.2 GB, their sum 20.0 GB, optimizer state 40.0 GB; 90.2 GB" in str(other)
+
+
+def test_a_plan_of_divided_weights_is_that_of_one_device():
+    config = TrainConfig(
+        output_dir="runs",
+        dataset="dataset.toml",
+        model=ModelConfig(ckpt_path="model"),
+        epochs=1,
+        activation_checkpointing=True,
+    )
+    card = SimpleNamespace(transformer=TI2V_5B)
+    plans = []
+    for split in (Split(), Split(fsdp=2)):
+        asked = config.model_copy(update={"parallel": config.parallel.fix(split)})
+        optimizer = choose_optimizer(asked, optax.adamw(1e-5))
+        plans.append(plan_memory(asked, card, optimizer, dtype="bfloat16"))
+    alone, halves = plans
+    assert alone.weight_bytes == 4 * 4_999_787_712
+    assert 0.5 < halves.device_bytes / alone.device_bytes < 0.52  # what is in no block is whole
+    assert "weights train, divided among 2 devices: float32 weights 10." in str(halves)
 
 
 def test_the_advice_of_a_full_fine_tuning_ends_with_a_lora():

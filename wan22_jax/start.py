@@ -6,6 +6,7 @@ the optimizer's state lies.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from wan22_jax.config import TrainConfig
 from wan22_jax.errors import BadInput
 from wan22_jax.full_config import FullConfig
 from wan22_jax.model.remat import POLICIES
+from wan22_jax.model.shards import is_split
 from wan22_jax.model_folder import FLOAT8, ModelCard, abstract_transformer, load_transformer
 from wan22_jax.parallel import Workload, choose_split
 from wan22_jax.sharding import device_memory, make_mesh, put
@@ -36,6 +38,7 @@ from wan22_jax.training.step import (
     init_state,
     split_model,
 )
+from wan22_jax.weights import is_stacked
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ def plan_memory(
     full = config.full or FullConfig()
     model = abstract_transformer(card.transformer, float8=False)
     masters = describe_full(model, dtype=full.weights)
+    count = partial(_count_divided_bytes, num_parts=config.parallel.split.fsdp)
     return FullPlan(
         weights=full.weights,
         rounding=full.weight_rounding,
@@ -103,9 +107,10 @@ def plan_memory(
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=config.micro_batch,
         num_parameters=sum(leaf.size for leaf in masters.values()),
-        weight_bytes=_count_bytes(masters),
-        gradient_bytes=_count_bytes(describe_full(model, dtype=config.model.dtype)),
-        state_bytes=_count_bytes(jax.eval_shape(optimizer.init, masters)),
+        num_parts=config.parallel.split.fsdp,
+        weight_bytes=count(masters),
+        gradient_bytes=count(describe_full(model, dtype=config.model.dtype)),
+        state_bytes=count(jax.eval_shape(optimizer.init, masters)),
     )
 
 
@@ -243,3 +248,13 @@ def _list_cores(num_asked: int) -> list[Any]:
 
 def _count_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _count_divided_bytes(tree: Any, *, num_parts: int) -> int:
+    """Of one device, where rows of the blocks' matrices are divided among so many."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        is_divided = is_stacked(names[-1]) and leaf.ndim > 1 and is_split(names[-1], 2)
+        total += leaf.size * leaf.dtype.itemsize // (num_parts if is_divided else 1)
+    return total

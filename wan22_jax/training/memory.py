@@ -40,7 +40,7 @@ class MemoryPlan(NamedTuple):
 
 
 class FullPlan(NamedTuple):
-    """The same without an adapter, when all weights train; bytes are those of the whole model."""
+    """The same without an adapter, when all weights train; bytes are those of one device."""
 
     weights: str  # "float32" or "bfloat16"
     rounding: str | None  # of bfloat16 weights
@@ -49,6 +49,7 @@ class FullPlan(NamedTuple):
     activation_checkpointing: bool | str
     micro_batch: int
     num_parameters: int
+    num_parts: int  # devices that weights, gradients and state are divided among
     weight_bytes: int
     gradient_bytes: int  # in the dtype that the model computes in
     state_bytes: int  # of the optimizer
@@ -62,16 +63,17 @@ class FullPlan(NamedTuple):
     @property
     def accumulator_bytes(self) -> int:
         """Of the float32 sum of the micro-batches' gradients."""
-        return 4 * self.num_parameters if self.accumulates else 0
+        return 4 * self.num_parameters // self.num_parts if self.accumulates else 0
 
     def __str__(self) -> str:
         rounding = f" ({self.rounding} rounding)" if self.rounding else ""
         summed = f", their sum {_gb(self.accumulator_bytes)}" if self.accumulates else ""
         where = " in host memory" if self.offload_optimizer else ""
+        parts = f", divided among {self.num_parts} devices" if self.num_parts > 1 else ""
         return (
-            f"{self.num_parameters:,} weights train: {self.weights} weights{rounding} "
+            f"{self.num_parameters:,} weights train{parts}: {self.weights} weights{rounding} "
             f"{_gb(self.weight_bytes)}, gradients {_gb(self.gradient_bytes)}{summed}, optimizer "
-            f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on the device, "
+            f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on a device, "
             "activations on top"
         )
 
