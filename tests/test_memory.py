@@ -1,7 +1,5 @@
 """When memory runs out: does the message name the setting that helps next, and only that?"""
 
-from types import SimpleNamespace
-
 import jax
 import optax
 import pytest
@@ -11,6 +9,9 @@ from wan22_jax.errors import BadInput
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.remat import POLICIES
 from wan22_jax.model.transformer import TI2V_5B
+from wan22_jax.model.umt5 import UMT5_XXL
+from wan22_jax.model.vae import WAN22_VAE
+from wan22_jax.model_folder import ModelCard
 from wan22_jax.sharding import Split
 from wan22_jax.start import choose_optimizer, plan_memory
 from wan22_jax.training.memory import FullPlan, MemoryPlan, explain_exhaustion
@@ -118,7 +119,7 @@ def test_a_plan_of_divided_weights_is_that_of_one_device():
         epochs=1,
         activation_checkpointing=True,
     )
-    card = SimpleNamespace(transformer=TI2V_5B)
+    card = ModelCard("bfloat16", "", TI2V_5B, WAN22_VAE, UMT5_XXL, {}, "")
     plans = []
     for split in (Split(), Split(fsdp=2)):
         asked = config.model_copy(update={"parallel": config.parallel.fix(split)})
