@@ -19,12 +19,16 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from encode import fill
+from flax import nnx
+from jax.sharding import NamedSharding
 from kernel_table import format_kernels, read_kernels
 from random_model import (
     TINY,
@@ -40,15 +44,20 @@ from random_model import (
 )
 
 from wan22_jax.batch import Batch
+from wan22_jax.demo_checkpoint import TINY_VAE
 from wan22_jax.geometry import Bucket, check_bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TI2V_5B, TransformerConfig
+from wan22_jax.model.vae import WAN22_VAE, WanVAE
+from wan22_jax.sampling import Velocity, sample_latents
 from wan22_jax.sharding import claim_gpu, make_mesh, put_examples, replicated
 from wan22_jax.training.flops import count_flops
 from wan22_jax.training.full import place_full, split_full
 from wan22_jax.training.optimizer import make_optimizer
 from wan22_jax.training.optimizer_options import AdamW
 from wan22_jax.training.step import Frozen, Optimizer, TrainState, init_state, split_model
+from wan22_jax.velocity import make_velocity
+from wan22_jax.videos import fetch_video
 
 NUM_TRACED = 2  # steps in a profile
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event
@@ -145,6 +154,7 @@ def main() -> None:
         * num_clips
         * args.accumulate
     )
+    peak_gb = stats.get("peak_bytes_in_use", 0) / 1e9
     result = {
         "program": "wan22_jax",
         "bucket": args.bucket,
@@ -161,7 +171,7 @@ def main() -> None:
         "step_s_all": [round(value, 4) for value in seconds],
         "first_s": round(first_s, 1),
         "cached": is_cached,  # the step was read from --cache
-        "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "peak_gb": round(peak_gb, 2),
         "limit_gb": round(stats.get("bytes_limit", 0) / 1e9, 2),
         "host_gb": round(pinned_bytes(step) / 1e9, 2),
         "model_tflops": round(flops / step_s / 1e12, 1),
@@ -173,7 +183,51 @@ def main() -> None:
             "flax": flax.__version__,
         },
     }
+    if args.preview:
+        velocity = make_velocity(graphdef, state.trainable, frozen, sharding=sharding)
+        result["preview"] = make_preview(args, config, velocity, sharding)
     print("RESULT " + json.dumps(result), flush=True)
+
+
+def make_preview(
+    args: argparse.Namespace,
+    config: TransformerConfig,
+    velocity: Velocity,
+    sharding: NamedSharding,
+) -> dict[str, Any]:
+    """Makes a video of the training weights as a run does; says how much more memory it took."""
+    bucket = check_bucket(Bucket(*map(int, args.preview.split("x"))), source="--preview")
+    vae_config = TINY_VAE if args.tiny else WAN22_VAE
+    vae = nnx.eval_shape(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0)))
+    del vae.encoder, vae.conv1
+    fill(vae, "bfloat16", on_host=True)
+    decoder, on_host = nnx.split(vae)
+    del vae
+    text_BSE = np.ones((1, config.text_len, config.text_dim), jnp.bfloat16)
+    start = time.perf_counter()
+    latents_BTYXC = sample_latents(
+        velocity,
+        text_BSE,
+        np.zeros_like(text_BSE),
+        shape=(1, *bucket.latent_TYX, config.in_channels),
+        solver="unipc",
+        steps=3,
+        shift=5.0,
+        guidance=5.0,
+        key=jax.random.key(0),
+    )
+    latents_BTYXC = np.asarray(latents_BTYXC)
+    sampled = jax.local_devices()[0].memory_stats() or {}
+    vae = nnx.merge(decoder, jax.device_put(on_host, sharding))
+    num_frames = sum(map(len, fetch_video(vae.decode_chunks(latents_BTYXC))))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "bucket": args.preview,
+        "frames": num_frames,
+        "s_with_compilation": round(time.perf_counter() - start, 1),
+        "peak_gb_sampled": round(sampled.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "peak_gb_decoded": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -181,6 +235,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_step_arguments(parser)
+    parser.add_argument("--preview", metavar="WxHxF", help="then make a video of this size, too")
     parser.add_argument("--steps", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--memory_gb", type=float, help="limit of JAX's device allocator, 10^9 B")
     parser.add_argument("--cache", help="persistent compilation cache; left out, none is used")
