@@ -22,6 +22,7 @@ from wan22_jax.full_config import FullConfig
 from wan22_jax.model.remat import POLICIES
 from wan22_jax.model_folder import FLOAT8, ModelCard, abstract_transformer, load_transformer
 from wan22_jax.parallel import Workload, choose_split
+from wan22_jax.processes import gather
 from wan22_jax.sharding import device_memory, make_mesh, put
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.ema import start_ema
@@ -148,8 +149,13 @@ def divide_work(
     devices = jax.devices()
     if jax.default_backend() == "cpu":
         devices = _list_cores(config.parallel.split.num_devices)
+    # All processes have to choose the same, whatever GPUs they have.
+    limits = [limit for limit in gather(device_memory(), "memory") if limit is not None]
     split, reason = choose_split(
-        config.parallel, work, num_devices=len(devices), memory_bytes=device_memory()
+        config.parallel,
+        work,
+        num_devices=len(devices),
+        memory_bytes=min(limits, default=None),
     )
     mesh = make_mesh(split, devices)
     kind = mesh.devices.flat[0].device_kind
