@@ -32,6 +32,11 @@ def run_out(plan: MemoryPlan, bucket: Bucket | None = BUCKET) -> str:
             PLAN._replace(blocks_to_swap=7, activation_checkpointing=True),
             "bfloat16 weights, 7 of 30 blocks in host memory, activations: recomputed",
         ),
+        (
+            PLAN._replace(num_shares=4),
+            "bfloat16 weights divided among 4 devices, 0 of 30 blocks in host memory, "
+            "activations: kept",
+        ),
     ],
 )
 def test_a_plan_says_what_runs(plan, described):
@@ -100,6 +105,7 @@ def test_a_plan_of_a_full_fine_tuning_says_what_each_part_takes():
     )
     assert "bfloat16 weights (kahan rounding) 20.0 GB" in str(other)
     assert "gradients 10.2 GB, their sum 20.0 GB, optimizer state 40.0 GB; 90.2 GB" in str(other)
+    assert "40.0 GB; 22.5 GB on each of 4 devices, " in str(other._replace(num_shares=4))
 
 
 def test_the_advice_of_a_full_fine_tuning_ends_with_a_lora():

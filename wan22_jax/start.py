@@ -92,6 +92,7 @@ def plan_memory(
             blocks_to_swap=config.blocks_to_swap,
             activation_checkpointing=config.activation_checkpointing,
             micro_batch=config.micro_batch,
+            num_shares=config.parallel.split.fsdp,
         )
     full = config.full or FullConfig()
     model = abstract_transformer(card.transformer, float8=False)
@@ -107,6 +108,7 @@ def plan_memory(
         weight_bytes=_count_bytes(masters),
         gradient_bytes=_count_bytes(describe_full(model, dtype=config.model.dtype)),
         state_bytes=_count_bytes(jax.eval_shape(optimizer.init, masters)),
+        num_shares=config.parallel.split.fsdp,
     )
 
 

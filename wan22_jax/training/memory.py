@@ -19,13 +19,15 @@ class MemoryPlan(NamedTuple):
     blocks_to_swap: int  # may be more than there are
     activation_checkpointing: bool | str  # a key of remat.POLICIES
     micro_batch: int
+    num_shares: int = 1  # devices that hold a share of the weights each
 
     def __str__(self) -> str:
         names: dict[bool | str, str] = {False: "kept", True: "recomputed"}
         kept = names.get(self.activation_checkpointing, self.activation_checkpointing)
         on_host = min(self.blocks_to_swap, self.num_blocks)
         blocks = f"{on_host} of {self.num_blocks} blocks in host memory"
-        return f"{self.dtype} weights, {blocks}, activations: {kept}"
+        shares = f" divided among {self.num_shares} devices" if self.num_shares > 1 else ""
+        return f"{self.dtype} weights{shares}, {blocks}, activations: {kept}"
 
     @property
     def uses_host(self) -> bool:
@@ -52,12 +54,14 @@ class FullPlan(NamedTuple):
     weight_bytes: int
     gradient_bytes: int  # in the dtype that the model computes in
     state_bytes: int  # of the optimizer
+    num_shares: int = 1  # devices that hold a share of all this each
 
     @property
     def device_bytes(self) -> int:
-        """What lies on the device throughout, and the gradients; activations come on top."""
+        """What lies on a device throughout, and the gradients; activations come on top."""
         state = 0 if self.offload_optimizer else self.state_bytes
-        return self.weight_bytes + self.gradient_bytes + self.accumulator_bytes + state
+        total = self.weight_bytes + self.gradient_bytes + self.accumulator_bytes + state
+        return total // self.num_shares
 
     @property
     def accumulator_bytes(self) -> int:
@@ -68,10 +72,11 @@ class FullPlan(NamedTuple):
         rounding = f" ({self.rounding} rounding)" if self.rounding else ""
         summed = f", their sum {_gb(self.accumulator_bytes)}" if self.accumulates else ""
         where = " in host memory" if self.offload_optimizer else ""
+        device = f"each of {self.num_shares} devices" if self.num_shares > 1 else "the device"
         return (
             f"{self.num_parameters:,} weights train: {self.weights} weights{rounding} "
             f"{_gb(self.weight_bytes)}, gradients {_gb(self.gradient_bytes)}{summed}, optimizer "
-            f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on the device, "
+            f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on {device}, "
             "activations on top"
         )
 
@@ -89,7 +94,10 @@ class FullPlan(NamedTuple):
         if self.weights == "float32":
             return ["set [full] weights = 'bfloat16'"]
         if self.accumulates:
-            return ["set gradient_accumulation_steps = 1, which needs no sum of gradients"]
+            return [
+                "set gradient_accumulation_steps = 1, or global_batch_size to what the GPUs take "
+                "at once, which needs no sum of gradients"
+            ]
         return ["train a LoRA: add [adapter] type = 'lora'"]
 
 
