@@ -55,6 +55,20 @@ def test_each_policy_is_accepted_and_written_back(policy, tmp_path):
     assert load_config(tmp_path / "again.toml") == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "accumulates"),
+    [
+        ([], False),
+        (["gradient_accumulation_steps=2"], True),
+        (["global_batch_size=4", "micro_batch_size_per_gpu=2"], True),
+        (["global_batch_size=4", "micro_batch_size_per_gpu=2", "parallel.data=2"], False),
+        (["global_batch_size=4", "micro_batch_size_per_gpu=[[512, 4], [1024, 1]]"], True),
+    ],
+)
+def test_whether_a_step_sums_gradients(overrides, accumulates):
+    assert load_config(CONFIG, overrides).accumulates == accumulates
+
+
 def test_an_override_wins_over_the_file():
     assert load_config(CONFIG, ["optimizer.lr=0.5", "model.shift=3"]).model.shift == 3
 

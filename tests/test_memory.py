@@ -40,6 +40,11 @@ def run_out(plan: MemoryPlan, bucket: Bucket | None = BUCKET) -> str:
             PLAN._replace(blocks_to_swap=7, activation_checkpointing=True),
             "bfloat16 weights, 7 of 30 blocks in host memory, activations: recomputed",
         ),
+        (
+            PLAN._replace(num_shares=4),
+            "bfloat16 weights divided among 4 devices, 0 of 30 blocks in host memory, "
+            "activations: kept",
+        ),
     ],
 )
 def test_a_plan_says_what_runs(plan, described):
@@ -92,7 +97,6 @@ FULL = FullPlan(
     activation_checkpointing=True,
     micro_batch=1,
     num_parameters=4_999_787_712,
-    num_parts=1,
     weight_bytes=19_999_150_848,
     gradient_bytes=10_160_000_000,
     state_bytes=39_998_301_696,

@@ -112,11 +112,14 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "--process_id \\$OMPI_COMM_WORLD_RANK"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
         (POD, "install jax\\[k8s\\]"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "2"}, None),  # of a machine with that in its environment
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "torchrun.* --process_id \\$RANK"),
     ],
 )
 def test_the_environment_says_whether_there_are_several(variables, expected, monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_")):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_", "LOCAL_RANK", "WORLD_")):
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -115,8 +115,10 @@ def test_resets(whole, capsys):
 def test_where_a_run_goes_on():
     saved = {"step": 6, "data_offset": 0, "steps_per_epoch": 4, "schedule_start": 1}
 
-    def start(steps_per_epoch: int = 4, **reset: bool) -> tuple[int, ...]:
-        return choose_start(saved, steps_per_epoch=steps_per_epoch, reset=Reset(**reset))
+    def start(steps_per_epoch: int = 4, *, batch: int = 2, **reset: bool) -> tuple[int, ...]:
+        return choose_start(
+            saved, steps_per_epoch=steps_per_epoch, global_batch=batch, reset=Reset(**reset)
+        )
 
     assert start() == (6, 0, 1)
     assert start(dataloader=True) == (6, -2, 1)  # epoch 2 begins at batch 4
@@ -124,7 +126,15 @@ def test_where_a_run_goes_on():
     # Other data: two steps into the second epoch, as it is now.
     assert start(10) == (6, 6, 1)
     assert start(1) == (6, -4, 1)  # the second epoch has no third step: the next epoch
+    # Other steps, of more GPUs or fewer: half of the second epoch is behind us.
+    saved |= {"global_batch": 2}
+    assert start(10) == (6, 6, 1)
+    assert start(2, batch=4) == (6, -3, 1)
+    assert start(3, batch=3) == (6, -2, 1)  # what is not whole steps is taken again
+    assert start(8, batch=1) == (6, 6, 1)
+    assert start(2, batch=4, dataloader=True) == (6, -4, 1)
     saved |= {"step": 8}
+    assert start(2, batch=4) == (8, -4, 1)
     assert start(dataloader=True) == start()  # at an epoch's end there is nothing to repeat
 
 

@@ -218,6 +218,20 @@ def test_text_to_video(model, tmp_path, capsys):
     assert "seed 3" in capsys.readouterr().out
 
 
+def test_devices_share_the_tokens_of_a_video(model, capsys):
+    flags = [*model.flags, "--width", "96", "--height", "32", "--frames", "1", "--seed", "3"]
+    run(*flags, "--dtype", "float32", "--devices", "1")
+    assert "devices share" not in capsys.readouterr().out
+    alone = model.latents
+    run(*flags, "--dtype", "float32", "--devices", "3", "--blocks_to_swap", "1")
+    assert "2 of 8 devices share the tokens of a video" in capsys.readouterr().out  # of two heads
+    np.testing.assert_allclose(model.latents, alone, atol=1e-4)
+    with pytest.raises(
+        BadInput, match=r"--devices 9: this process sees 8 \(cpu\); expected 1 to 8"
+    ):
+        run(*flags, "--devices", "9")
+
+
 def test_out_chooses_the_format(model, tmp_path, capsys):
     flags = [*model.flags, "--width", "64", "--height", "32", "--frames", "5"]
     for name, seen in {"a.gif": "a.gif", "a.webp": "a.webp", "a.png": "a"}.items():

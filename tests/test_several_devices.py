@@ -21,7 +21,18 @@ from wan22_jax.training.draws import TaskMix
 from wan22_jax.training.frozen import Frozen, place_frozen
 from wan22_jax.training.full import place_full, split_full
 from wan22_jax.training.optimizer import make_optimizer
-from wan22_jax.training.optimizer_options import AdamW
+from wan22_jax.training.optimizer_options import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Adopt,
+    Lion,
+    Muon,
+    Prodigy,
+    ScheduleFreeAdamW,
+    StableAdamW,
+)
+from wan22_jax.training.rounding import round_to_bfloat16
 from wan22_jax.training.step import (
     StepSettings,
     TrainState,
@@ -35,6 +46,18 @@ from wan22_jax.weights import stored_dtype
 CONFIG = TransformerConfig(
     dim=128, ffn_dim=96, num_heads=8, num_layers=1, text_dim=8, text_len=6, freq_dim=16
 )
+# With a large eps: what is next to zero shall not decide by its sign.
+OPTIMIZERS = {
+    "adamw": AdamW(eps=0.01),
+    "stableadamw": StableAdamW(eps=0.01),
+    "sgd": SGD(momentum=0.9),
+    "adopt": Adopt(eps=0.01),
+    "lion": Lion(),
+    "adafactor": Adafactor(),
+    "muon": Muon(adam_eps=0.01),
+    "prodigy": Prodigy(d0=1e-3, eps=0.01),
+    "schedule_free": ScheduleFreeAdamW(eps=0.01),
+}
 NUM_EXAMPLES, FRAMES = 8, 3  # of 2 x 3 tokens each: parts of 3, 2 or 1; the last ones have none
 
 
@@ -71,36 +94,44 @@ def make_model(*, dtype: str) -> WanTransformer:
 
 
 def start(
-    split: Split, *, full: bool, dtype: str, settings: StepSettings, swap: int = 0
+    split: Split,
+    *,
+    full: bool,
+    dtype: str,
+    settings: StepSettings,
+    swap: int,
+    in_loop: bool,
+    optimizer: str,
 ) -> tuple[Any, TrainState, Frozen]:
     sharding = replicated(make_mesh(split))
     schedule = optax.constant_schedule(1e-2)
-    # A large eps: what is next to zero shall not decide by its sign.
     inner = make_optimizer(
-        AdamW(eps=0.01), schedule=schedule, gradient_clipping=0.0 if full else 1.0
+        OPTIMIZERS[optimizer], schedule=schedule, gradient_clipping=0.0 if full else 1.0
     )
     model = make_model(dtype=dtype)
     if full:
-        optimizer = BlockwiseOptimizer(inner, max_grad_norm=1.0, on_host=swap > 0)
+        blockwise = BlockwiseOptimizer(inner, max_grad_norm=1.0, on_host=swap > 0)
         graphdef, weights, template = split_full(model, dtype="float32")
         masters = place_full(weights, sharding, dtype="float32")
         state = TrainState(
-            put(jnp.zeros((), jnp.int32), sharding), masters, optimizer.place_state(masters)
+            put(jnp.zeros((), jnp.int32), sharding), masters, blockwise.place_state(masters)
         )
         frozen = Frozen(put(template, sharding))
     else:
-        optimizer = inner
         model.add_lora(jax.random.key(1), rank=2, alpha=6.0)
         graphdef, trainable, base = split_model(model)
         trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
-        state = put(init_state(trainable, optimizer), sharding)
+        state = put(init_state(trainable, inner), sharding)
         frozen = place_frozen(
             base,
             activation_checkpointing=settings.activation_checkpointing,
             blocks_to_swap=swap,
             sharding=sharding,
+            in_loop=in_loop,
         )
-    step = compile_train_step(graphdef, optimizer, settings, state=state, frozen=frozen)
+    step = compile_train_step(
+        graphdef, blockwise if full else inner, settings, state=state, frozen=frozen
+    )
     return step, state, frozen
 
 
@@ -114,12 +145,22 @@ def train(
     policy: bool | str = True,
     dropout: float = 0.0,
     swap: int = 0,
+    in_loop: bool = False,
+    optimizer: str = "adamw",
 ) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], TrainState, Frozen]:
     """Trains three steps; returns weights and metrics on the host, and what is on the devices."""
     settings = StepSettings(
         TaskMix(0.5), activation_checkpointing=policy, lora_dropout=dropout, ema_decay=0.0
     )
-    step, state, frozen = start(split, full=full, dtype=dtype, settings=settings, swap=swap)
+    step, state, frozen = start(
+        split,
+        full=full,
+        dtype=dtype,
+        settings=settings,
+        swap=swap,
+        in_loop=in_loop,
+        optimizer=optimizer,
+    )
     mesh = state.step.sharding.mesh
     key, grid = put((jax.random.key(3), jnp.asarray(sigma_grid())), replicated(mesh))
     batch = make_batch(num_accumulate)
@@ -204,6 +245,73 @@ def test_blocks_activations_and_optimizer_state_on_the_host():
     assert weight.sharding.spec == PartitionSpec("fsdp")
     state, _ = assert_equal_to_one_device(Split(1, 2, 2), full=True, swap=1)
     assert any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("split", [Split(1, 2), Split(1, 1, 2)], ids=str)
+def test_blocks_in_a_loop_train_as_on_one_device(split):
+    _, frozen = assert_equal_to_one_device(split, in_loop=True)
+    assert not frozen.parts
+
+
+def test_stacks_of_matrices_are_divided_by_rows_and_those_of_vectors_are_not():
+    _, _, base = split_model(make_model(dtype="float32"))
+    sharding = replicated(make_mesh(Split(1, 2)))
+    placed = place_frozen(
+        base, activation_checkpointing=True, blocks_to_swap=0, sharding=sharding, in_loop=True
+    )
+    for path, leaf in nnx.to_flat_state(placed.rest):
+        is_divided = path[0] == "blocks" and path[-1] == "weight" and leaf[...].ndim == 3
+        spec = PartitionSpec(None, "fsdp") if is_divided else PartitionSpec()
+        assert leaf[...].sharding.spec == spec, path
+
+
+# Not of an adapter: lion, adafactor and muon, which make steps of the same size of gradients that
+# are zero up to rounding. Its state is on every device, so its update is the same program anyway.
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["stableadamw", "sgd", "adopt", "prodigy", "schedule_free"])
+def test_optimizers_train_an_adapter_as_on_one_device(optimizer):
+    assert_equal_to_one_device(Split(1, 2), optimizer=optimizer)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["stableadamw", "sgd", "adopt", "lion", "adafactor", "muon"])
+def test_optimizers_train_all_weights_as_on_one_device(optimizer):
+    assert_equal_to_one_device(Split(1, 2), optimizer=optimizer, full=True)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_weights_are_rounded_by_the_same_bits(rounding):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks.0.ffn.0.weight": (96, 64),
+        "blocks.0.ffn.0.bias": (96,),
+        "blocks.1.ffn.0.weight": (96, 64),
+        "head.head.weight": (48, 64),
+    }
+    weights, *grads = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(3)
+    )
+    found = []
+    for split in (Split(), Split(1, 2)):
+        sharding = replicated(make_mesh(split))
+        trained = place_full(weights, sharding, dtype="bfloat16")
+        inner = make_optimizer(
+            AdamW(), schedule=optax.constant_schedule(1e-2), gradient_clipping=0.0
+        )
+        inner = round_to_bfloat16(inner, rounding=rounding, seed=0)
+        optimizer = BlockwiseOptimizer(inner, max_grad_norm=1.0, on_host=False)
+        state, step = optimizer.place_state(trained), jax.jit(optimizer.step)
+        for each in grads:
+            placed = {name: put(grad, trained[name].sharding) for name, grad in each.items()}
+            trained, state = step(placed, state, trained, jnp.float32(3.0))
+        found.append(jax.tree.map(np.asarray, (trained, state)))
+        assert trained["blocks.1.ffn.0.weight"].addressable_shards[0].data.shape == (
+            96 // split.fsdp,
+            64,
+        )
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_devices_that_share_a_video_predict_its_velocity_as_one_does():

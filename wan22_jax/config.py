@@ -220,8 +220,12 @@ class TrainConfig(Table):
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step sums the gradients of several micro-batches."""
-        return self.global_batch > self.micro_batch * self.parallel.split.batch_shards
+        """Whether a step sums the gradients of several micro-batches, in some bucket at least."""
+        batching = self.batching
+        if batching.clips_per_step is None:
+            return batching.accumulation > 1
+        smallest = min(clips for _, clips in (*batching.sizes, *batching.image_sizes))
+        return batching.clips_per_step > smallest * batching.num_shards
 
     @property
     def batching(self) -> Batching:

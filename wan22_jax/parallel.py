@@ -76,8 +76,9 @@ def choose_split(
     """Decides what the table leaves open.
 
     By default a LoRA's frozen weights are on every device and examples are divided; weights that
-    all train are divided too (fsdp). A model that leaves too little memory is divided as far as it
-    has to be, and so are the tokens of clips that do not fit.
+    all train are divided too (fsdp), unless without activation checkpointing. A model that leaves
+    too little memory is divided as far as it has to be, and so are the tokens of clips that do not
+    fit. What ``data`` leaves where it is set goes to the tokens.
 
     Args:
         wanted: the table.
@@ -96,15 +97,16 @@ def choose_split(
     given = math.prod(named.values())
     if num_devices % given or (len(named) == 3 and given != num_devices):
         raise BadInput(
-            f"[parallel] {text}: {num_devices} devices do not divide so; set numbers whose product "
-            "is that, leave one of them out, or show fewer devices (CUDA_VISIBLE_DEVICES)"
+            f"[parallel] {text}: {given} devices, of {num_devices}; set numbers whose product is "
+            "that, leave one of them out, or show fewer devices (CUDA_VISIBLE_DEVICES)"
         )
     rest, reasons = num_devices // given, []
     memory = math.inf if memory_bytes is None else memory_bytes * _SHARE
     fsdp, context, data = wanted.fsdp, wanted.context, wanted.data
     if fsdp is None:
         ways = _divisors(rest, of=math.gcd(work.dim, work.ffn_dim))
-        if work.trains_all:
+        takes_rest = data is not None and context is not None
+        if takes_rest or (work.trains_all and work.activation_checkpointing is not False):
             fsdp = ways[-1]
         else:
             fsdp = next((n for n in ways if work.state_bytes / n <= 0.6 * memory), ways[-1])
@@ -116,6 +118,8 @@ def choose_split(
         needed = work.activation_bytes()
         context = next((n for n in ways if needed / n <= room), ways[-1])
         reasons += [f"{work.num_tokens:,} tokens do not fit one device"] * (context > 1)
+        if data is not None:
+            context = ways[-1]
         rest //= context
     data = rest if data is None else data
     split = Split(data, fsdp, context)

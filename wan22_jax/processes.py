@@ -35,7 +35,13 @@ _LEAVING_S = 5  # for a process to end by itself when another has failed
 _POLL_S = 1
 _KEY = "wan22_jax"
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
-_LAUNCHER_FLAGS = ("--deepspeed", "--deepspeed_config", "--local_rank", "--num_gpus")
+_LAUNCHER_FLAGS = (
+    "--deepspeed",
+    "--deepspeed_config",
+    "--local_rank",
+    "--local-rank",
+    "--num_gpus",
+)
 _calls: Counter[str] = Counter()  # the coordinator keeps each value under a name of its own
 log = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ def find_place(args: argparse.Namespace) -> Place | None:
             cannot find each other.
     """
     for flag in _LAUNCHER_FLAGS:
-        if getattr(args, flag.removeprefix("--")) is not None:
+        if getattr(args, flag.removeprefix("--").replace("-", "_")) is not None:
             raise BadInput(
                 f"{flag} is of DeepSpeed's launcher, and there is none here: start wan22-train "
                 "itself, which takes all GPUs; CUDA_VISIBLE_DEVICES shows it fewer, [parallel] "
@@ -103,6 +109,12 @@ def find_place(args: argparse.Namespace) -> Place | None:
             "this is a pod of an indexed Job of Kubernetes; install jax[k8s] so that the pods find "
             "each other, or give --coordinator_address, --num_processes and --process_id "
             "(HOST:PORT, 1 and 0 to train alone)"
+        )
+    if "LOCAL_RANK" in variables and variables.get("WORLD_SIZE", "1") != "1":
+        raise BadInput(
+            "torchrun, or a launcher like it, has started several processes, each of which would "
+            "train alone on all GPUs; start wan22-train itself, which takes all GPUs, or give "
+            "--coordinator_address HOST:PORT --num_processes $WORLD_SIZE --process_id $RANK"
         )
     return None
 

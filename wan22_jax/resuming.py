@@ -21,7 +21,7 @@ from wan22_jax.errors import BadInput
 from wan22_jax.training.step import TrainState
 
 _DAMAGED = ".damaged"
-_COMPARED = ("config", "parallel", "dataset", "steps_per_epoch")
+_COMPARED = ("config", "parallel", "dataset", "global_batch", "steps_per_epoch")
 log = logging.getLogger(__name__)
 
 
@@ -70,17 +70,23 @@ def choose_checkpoint(run_dir: Path) -> dict[str, Any]:
     )
 
 
-def choose_start(saved: dict[str, Any], *, steps_per_epoch: int, reset: Reset) -> Start:
+def choose_start(
+    saved: dict[str, Any], *, steps_per_epoch: int, global_batch: int, reset: Reset
+) -> Start:
     """Finds the place in the data and in the schedule.
 
     Args:
         saved: meta of the checkpoint.
-        steps_per_epoch: of the data as they are now; if there were more or fewer, the run goes on
-            in the same epoch after as many steps of it.
+        steps_per_epoch: as it is now. If it was another one, the run goes on in the same epoch: at
+            the same share of it if steps take more or fewer clips than before, as another number of
+            GPUs makes them, else after as many steps, as other data do.
+        global_batch: clips of a step now.
         reset: what starts anew.
     """
-    step = saved["step"]
-    epoch, position = divmod(step + saved["data_offset"], saved["steps_per_epoch"])
+    step, before = saved["step"], saved["steps_per_epoch"]
+    epoch, position = divmod(step + saved["data_offset"], before)
+    if saved.get("global_batch", global_batch) != global_batch:
+        position = position * steps_per_epoch // before
     position = 0 if reset.dataloader else min(position, steps_per_epoch)
     return Start(
         step,

@@ -59,6 +59,7 @@ def describe_run(config: TrainConfig, card: ModelCard, loader: Loader) -> dict[s
         "base_digest": card.digests["transformer"],
         "seed": config.seed,
         "steps_per_epoch": loader.steps_per_epoch,
+        "global_batch": config.global_batch,
         "config": config.model_dump(exclude_none=True),
         "parallel": config.parallel.split._asdict(),
         "dataset": load_dataset(Path(config.dataset)).model_dump(exclude_none=True),
@@ -123,7 +124,12 @@ def _choose(
         _check_same(folder, saved, meta)
         for change in list_changes(saved, meta):
             log.info("changed since the checkpoint: %s", change)
-        start = choose_start(saved, steps_per_epoch=meta["steps_per_epoch"], reset=reset)
+        start = choose_start(
+            saved,
+            steps_per_epoch=meta["steps_per_epoch"],
+            global_batch=meta["global_batch"],
+            reset=reset,
+        )
     return folder, start
 
 

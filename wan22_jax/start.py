@@ -24,6 +24,7 @@ from wan22_jax.model.remat import POLICIES
 from wan22_jax.model.shards import is_split
 from wan22_jax.model_folder import FLOAT8, ModelCard, abstract_transformer, load_transformer
 from wan22_jax.parallel import Workload, choose_split
+from wan22_jax.processes import gather
 from wan22_jax.sharding import device_memory, make_mesh, put
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.ema import start_ema
@@ -94,11 +95,12 @@ def plan_memory(
             blocks_to_swap=config.blocks_to_swap,
             activation_checkpointing=config.activation_checkpointing,
             micro_batch=config.micro_batch,
+            num_shares=config.parallel.split.fsdp,
         )
     full = config.full or FullConfig()
     model = abstract_transformer(card.transformer, float8=False)
     masters = describe_full(model, dtype=full.weights)
-    count = partial(_count_divided_bytes, num_parts=config.parallel.split.fsdp)
+    count = partial(_count_share, num_shares=config.parallel.split.fsdp)
     return FullPlan(
         weights=full.weights,
         rounding=full.weight_rounding,
@@ -107,10 +109,10 @@ def plan_memory(
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=config.micro_batch,
         num_parameters=sum(leaf.size for leaf in masters.values()),
-        num_parts=config.parallel.split.fsdp,
         weight_bytes=count(masters),
         gradient_bytes=count(describe_full(model, dtype=config.model.dtype)),
         state_bytes=count(jax.eval_shape(optimizer.init, masters)),
+        num_shares=config.parallel.split.fsdp,
     )
 
 
@@ -153,8 +155,13 @@ def divide_work(
     devices = jax.devices()
     if jax.default_backend() == "cpu":
         devices = _list_cores(config.parallel.split.num_devices)
+    # All processes have to choose the same, whatever GPUs they have.
+    limits = [limit for limit in gather(device_memory(), "memory") if limit is not None]
     split, reason = choose_split(
-        config.parallel, work, num_devices=len(devices), memory_bytes=device_memory()
+        config.parallel,
+        work,
+        num_devices=len(devices),
+        memory_bytes=min(limits, default=None),
     )
     mesh = make_mesh(split, devices)
     kind = mesh.devices.flat[0].device_kind
@@ -250,11 +257,11 @@ def _count_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _count_divided_bytes(tree: Any, *, num_parts: int) -> int:
+def _count_share(tree: Any, *, num_shares: int) -> int:
     """Of one device, where rows of the blocks' matrices are divided among so many."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         is_divided = is_stacked(names[-1]) and leaf.ndim > 1 and is_split(names[-1], 2)
-        total += leaf.size * leaf.dtype.itemsize // (num_parts if is_divided else 1)
+        total += leaf.size * leaf.dtype.itemsize // (num_shares if is_divided else 1)
     return total

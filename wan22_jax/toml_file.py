@@ -59,6 +59,8 @@ def describe_problem(table: type[BaseModel], problem: Any) -> str:
         return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
     if problem["type"] == "missing":
         return f"key {key} is missing"
+    if problem["type"] == "model_type":
+        return f"key {key}: a table expected, got {json.dumps(problem['input'], default=str)}"
     return f"key {key}: {problem['msg']}, got {json.dumps(problem['input'], default=str)}"
 
 

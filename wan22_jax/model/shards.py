@@ -109,6 +109,7 @@ class Tokens:
         B, _, H, K = x_BMHK.shape
         x_BTPHK = x_BMHK.reshape(B, self.num_frames, self._part, H, K)
         x_BTPHK = jax.lax.all_to_all(x_BTPHK, CONTEXT, split_axis=3, concat_axis=2, tiled=True)
+        x_BTPHK = self._hide_filling(x_BTPHK)
         x_BLHK = x_BTPHK[:, :, : self._per_frame].reshape(B, self.count, -1, K)
         return checkpoint_name(x_BLHK, "exchanged")
 
@@ -118,9 +119,17 @@ class Tokens:
             return x_BLHK
         B, _, H, K = x_BLHK.shape
         x_BTPHK = x_BLHK.reshape(B, self.num_frames, self._per_frame, H, K)
-        x_BTPHK = _fill(x_BTPHK, 2, self._part * self.shards.context)
+        x_BTPHK = self._hide_filling(_fill(x_BTPHK, 2, self._part * self.shards.context))
         x_BTPHK = jax.lax.all_to_all(x_BTPHK, CONTEXT, split_axis=2, concat_axis=3, tiled=True)
         return checkpoint_name(x_BTPHK.reshape(B, -1, H * self.shards.context, K), "exchanged")
+
+    def _hide_filling(self, x: jax.Array) -> jax.Array:
+        """Has XLA exchange what it knows to be zeros, forward or backward, if all of a part is.
+
+        XLA (jaxlib 0.10.2) gives such a part another layout than the others, and then refuses that.
+        """
+        is_whole = self._part * (self.shards.context - 1) >= self._per_frame
+        return jax.lax.optimization_barrier(x) if is_whole else x
 
     @property
     def _per_frame(self) -> int:

@@ -90,4 +90,5 @@ def gather_frozen(frozen: Frozen) -> Frozen:
 
 
 def _place(path: tuple, shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    return of_array(sharding, str(path[-1]), shape) if path[0] == "blocks" else sharding
+    is_matrix = path[0] == "blocks" and len(shape) == 3  # a stack of vectors has two axes
+    return of_array(sharding, str(path[-1]), shape) if is_matrix else sharding

@@ -19,13 +19,15 @@ class MemoryPlan(NamedTuple):
     blocks_to_swap: int  # may be more than there are
     activation_checkpointing: bool | str  # a key of remat.POLICIES
     micro_batch: int
+    num_shares: int = 1  # devices that hold a share of the weights each
 
     def __str__(self) -> str:
         names: dict[bool | str, str] = {False: "kept", True: "recomputed"}
         kept = names.get(self.activation_checkpointing, self.activation_checkpointing)
         on_host = min(self.blocks_to_swap, self.num_blocks)
         blocks = f"{on_host} of {self.num_blocks} blocks in host memory"
-        return f"{self.dtype} weights, {blocks}, activations: {kept}"
+        shares = f" divided among {self.num_shares} devices" if self.num_shares > 1 else ""
+        return f"{self.dtype} weights{shares}, {blocks}, activations: {kept}"
 
     @property
     def uses_host(self) -> bool:
@@ -49,10 +51,10 @@ class FullPlan(NamedTuple):
     activation_checkpointing: bool | str
     micro_batch: int
     num_parameters: int
-    num_parts: int  # devices that weights, gradients and state are divided among
     weight_bytes: int
     gradient_bytes: int  # in the dtype that the model computes in
     state_bytes: int  # of the optimizer
+    num_shares: int = 1  # devices that hold a share of all this each
 
     @property
     def device_bytes(self) -> int:
@@ -63,15 +65,15 @@ class FullPlan(NamedTuple):
     @property
     def accumulator_bytes(self) -> int:
         """Of the float32 sum of the micro-batches' gradients."""
-        return 4 * self.num_parameters // self.num_parts if self.accumulates else 0
+        return 4 * self.num_parameters // self.num_shares if self.accumulates else 0
 
     def __str__(self) -> str:
         rounding = f" ({self.rounding} rounding)" if self.rounding else ""
         summed = f", their sum {_gb(self.accumulator_bytes)}" if self.accumulates else ""
         where = " in host memory" if self.offload_optimizer else ""
-        parts = f", divided among {self.num_parts} devices" if self.num_parts > 1 else ""
+        shares = f", divided among {self.num_shares} devices" if self.num_shares > 1 else ""
         return (
-            f"{self.num_parameters:,} weights train{parts}: {self.weights} weights{rounding} "
+            f"{self.num_parameters:,} weights train{shares}: {self.weights} weights{rounding} "
             f"{_gb(self.weight_bytes)}, gradients {_gb(self.gradient_bytes)}{summed}, optimizer "
             f"state {_gb(self.state_bytes)}{where}; {_gb(self.device_bytes)} on a device, "
             "activations on top"
@@ -91,7 +93,10 @@ class FullPlan(NamedTuple):
         if self.weights == "float32":
             return ["set [full] weights = 'bfloat16'"]
         if self.accumulates:
-            return ["set gradient_accumulation_steps = 1, which needs no sum of gradients"]
+            return [
+                "set gradient_accumulation_steps = 1, or global_batch_size to what the GPUs take "
+                "at once, which needs no sum of gradients"
+            ]
         return ["train a LoRA: add [adapter] type = 'lora'"]
 
 
