@@ -53,7 +53,7 @@ def main() -> None:
         "part": args.part,
         "bucket": args.bucket,
         "dtype": args.dtype,
-        "context": args.context,
+        "split": [args.data, 1, args.context],
         **timed,
         "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
         "limit_gb": round(stats.get("bytes_limit", 0) / 1e9, 2),
@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bucket", default="1280x704x121", help="width x height x frames")
     parser.add_argument("--dtype", choices=("bfloat16", "float8", "float32"), default="bfloat16")
     parser.add_argument("--guidance", type=float, default=5.0, help="1: one model call a step")
+    parser.add_argument("--data", type=int, default=1, help="2: GPUs for each pass of guidance")
     parser.add_argument("--context", type=int, default=1, help="GPUs that share a video's tokens")
     parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
     parser.add_argument("--steps", type=int, default=50, help="of a clip")
@@ -91,7 +92,7 @@ def prepare_sampler(args: argparse.Namespace, bucket: Bucket) -> tuple[Callable,
     model = make_model(config, dtype=args.dtype, on_host=args.memory_gb is not None)
     if args.lora:
         add_lora(model, seed=2, std_b=0.03)
-    mesh = make_mesh(Split(context=args.context))
+    mesh = make_mesh(Split(args.data, 1, args.context))
     velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(mesh))
     del model
     keys = jax.random.split(jax.random.key(1), 2)
@@ -110,6 +111,7 @@ def prepare_sampler(args: argparse.Namespace, bucket: Bucket) -> tuple[Callable,
             guidance=args.guidance,
             key=jax.random.key(0),
             on_step=on_step,
+            paired=args.data > 1,
         )
 
     return sample, swap

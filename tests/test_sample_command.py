@@ -224,7 +224,7 @@ def test_devices_share_the_tokens_of_a_video(model, capsys):
     assert "devices share" not in capsys.readouterr().out
     alone = model.latents
     run(*flags, "--dtype", "float32", "--devices", "3", "--blocks_to_swap", "1")
-    assert "2 of 8 devices share the tokens of a video" in capsys.readouterr().out  # of two heads
+    assert "2 of 8 devices share each video" in capsys.readouterr().out  # of two heads
     np.testing.assert_allclose(model.latents, alone, atol=1e-4)
     with pytest.raises(
         BadInput, match=r"--devices 9: this process sees 8 \(cpu\); expected 1 to 8"

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +15,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from wan22_jax.batch import Batch
+from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import sigma_grid
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.prompts import Request
+from wan22_jax.sample import choose_split
+from wan22_jax.sampling import sample_latents
 from wan22_jax.sharding import Split, make_mesh, put, put_examples, replicated
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TaskMix
@@ -41,6 +47,7 @@ from wan22_jax.training.step import (
     split_model,
 )
 from wan22_jax.velocity import place_velocity
+from wan22_jax.videos import Video
 from wan22_jax.weights import stored_dtype
 
 CONFIG = TransformerConfig(
@@ -314,15 +321,38 @@ def test_weights_are_rounded_by_the_same_bits(rounding):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-def test_devices_that_share_a_video_predict_its_velocity_as_one_does():
+def test_devices_that_share_a_video_sample_it_as_one_does():
     rng = np.random.default_rng(0)
-    latents = rng.normal(size=(1, FRAMES, 4, 6, 48)).astype(np.float32)
-    inputs = latents, np.full((1, FRAMES), 0.5, np.float32), rng.normal(size=(1, 6, 8))
+    texts = (jnp.asarray(rng.normal(size=(1, 6, 8)), jnp.float32) for _ in range(2))
+    sample = partial(
+        sample_latents,
+        text=next(texts),
+        negative=next(texts),
+        shape=(1, FRAMES, 4, 6, 48),
+        solver="unipc",
+        steps=2,
+        shift=5.0,
+        guidance=4.0,
+        key=jax.random.key(0),
+    )
     found = []
-    for split in (Split(), Split(1, 2, 4)):
+    for split in (Split(), Split(2, 2, 2)):
         sharding = replicated(make_mesh(split))
-        velocity = place_velocity(make_model(dtype="float32"), blocks_to_swap=1, sharding=sharding)
-        found.append(velocity(*map(jnp.asarray, inputs)))
+        model = place_velocity(make_model(dtype="float32"), blocks_to_swap=1, sharding=sharding)
+        found.append(sample(model, paired=split.data > 1))
         assert found[-1].sharding.mesh.size == split.num_devices
-    assert np.abs(found[0]).max() > 0.1
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+def test_guidance_is_divided_where_there_are_halves():
+    guided, unguided = (
+        Video(Request("a cat", guidance=guidance), Path("out.mp4"), Bucket(64, 64, 5), None)
+        for guidance in (5.0, 1.0)
+    )
+    divide = partial(choose_split, num_heads=24)
+    assert divide([guided], num_devices=1) == Split()
+    assert divide([guided], num_devices=2) == Split(2)
+    assert divide([guided], num_devices=8) == Split(2, 1, 4)
+    assert divide([guided], num_devices=10) == Split(2, 1, 4)  # of 5, which 24 heads do not divide
+    assert divide([guided], num_devices=3) == Split(1, 1, 3)
+    assert divide([guided, unguided], num_devices=2) == Split(1, 1, 2)

@@ -99,7 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--vae_dtype", choices=VAE_DTYPES, default="bfloat16", help="float32 is the original's")
     tile = "decode in tiles of so many pixels: approximate, for small cards"
     add("--vae_tile", type=int, metavar="PX", help=tile)
-    devices = "so many GPUs share each video's tokens; all of them if it is left out"
+    devices = "so many GPUs share each video; all of them if it is left out"
     add("--devices", type=int, metavar="N", help=devices)
     swap = "so many blocks stay in host memory; as many as have to if it is left out"
     add("--blocks_to_swap", type=int, help=swap)
@@ -173,6 +173,16 @@ def plan_videos(args: argparse.Namespace) -> list[Video]:
     return videos
 
 
+def choose_split(videos: Sequence[Video], *, num_heads: int, num_devices: int) -> Split:
+    """Divides the passes of guidance among two halves of the devices, and tokens among each half.
+
+    Tokens only, where a video has no guidance or the devices have no halves.
+    """
+    halves = 2 if num_devices % 2 == 0 and all(video.negative for video in videos) else 1
+    rest = num_devices // halves
+    return Split(data=halves, context=max(n for n in range(1, rest + 1) if num_heads % n == 0))
+
+
 def _draw_seed(seed: int) -> int:
     return secrets.randbelow(2**31) if seed == -1 else seed
 
@@ -206,8 +216,7 @@ def _denoise(
     adapter: Adapter | None,
 ) -> list[np.ndarray]:
     """Returns the clean latents of each video, on the host."""
-    ways = [n for n in range(1, len(devices) + 1) if card.transformer.num_heads % n == 0]
-    split = Split(context=ways[-1])
+    split = choose_split(videos, num_heads=card.transformer.num_heads, num_devices=len(devices))
     most = max(-(-video.bucket.num_tokens // split.context) for video in videos)
     swap = args.blocks_to_swap
     if swap is None:
@@ -220,8 +229,9 @@ def _denoise(
     if swap:
         _say(f"{min(swap, card.transformer.num_layers)} blocks wait in host memory")
     mesh = make_mesh(split, devices)
-    if split.context > 1:
-        _say(f"{split.context} of {len(jax.local_devices())} devices share the tokens of a video")
+    if split.num_devices > 1:
+        halves = ", half of them for each pass of guidance" if split.data > 1 else ""
+        _say(f"{split.num_devices} of {len(jax.local_devices())} devices share each video{halves}")
     velocity = place_velocity(model, blocks_to_swap=swap, sharding=replicated(mesh))
     del model
     latents = []
@@ -234,6 +244,7 @@ def _denoise(
                     *(velocity, video, texts, first_frame),
                     channels=card.vae.z_dim,
                     on_step=bar.update,
+                    paired=split.data > 1,
                 )
             )
     return latents

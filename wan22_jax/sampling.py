@@ -8,7 +8,7 @@ Both solvers are linear: every step mixes a few remembered latents with weights 
 schedule alone. The weights are computed on the host in float64, the mixing runs in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -72,6 +72,7 @@ def sample_latents(
     noise: jax.Array | np.ndarray | None = None,
     first_frame: jax.Array | np.ndarray | None = None,
     on_step: Callable[[], object] | None = None,
+    paired: bool = False,
 ) -> jax.Array:
     """Draws clean latents [B, T, Y, X, C] in float32: text-to-video, or image-to-video.
 
@@ -92,6 +93,7 @@ def sample_latents(
         noise: the latents to start from, of `shape`.
         first_frame: normalised VAE latents [B or 1, 1, Y, X, C] of the picture to start from.
         on_step: is called when the device has finished a step, to show progress.
+        paired: make both model calls of a step in one of twice the batch; texts are equally long.
     """
     sigmas, timesteps = sigma_schedule(solver, steps, shift)
     predict, sharding = _compile(model)
@@ -117,9 +119,11 @@ def sample_latents(
         sigma_T = (timesteps[step] / 1000 * sigma_scale_T).astype(np.float32)
         sigma_BT = jnp.broadcast_to(sigma_T, shape[:2])
         sample = jax.device_put(memory.sample, sharding)  # or a later step would compile again
-        velocity = jnp.asarray(predict(sample, sigma_BT, text), jnp.float32)
-        if guidance != 1:
-            away = jnp.asarray(predict(sample, sigma_BT, negative), jnp.float32)
+        if guidance == 1:
+            velocity = jnp.asarray(predict(sample, sigma_BT, text), jnp.float32)
+        else:
+            inputs = (sample, sigma_BT, text), (sample, sigma_BT, negative)
+            velocity, away = (_predict_together if paired else _predict_in_turn)(predict, *inputs)
             velocity = away + guidance * (velocity - away)
         weights = solver_weights(solver, sigmas, step)
         memory = _advance(memory, velocity, sigmas[step], weights, first_frame)
@@ -127,6 +131,15 @@ def sample_latents(
             jax.block_until_ready(memory.sample)
             on_step()
     return memory.sample
+
+
+def _predict_in_turn(predict: Velocity, *inputs: tuple) -> Iterator[jax.Array]:
+    return (jnp.asarray(predict(*each), jnp.float32) for each in inputs)
+
+
+def _predict_together(predict: Velocity, *inputs: tuple) -> list[jax.Array]:
+    joined = (jnp.concatenate(parts) for parts in zip(*inputs, strict=True))
+    return jnp.split(jnp.asarray(predict(*joined), jnp.float32), len(inputs))
 
 
 class StepWeights(NamedTuple):

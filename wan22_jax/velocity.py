@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wan22_jax.model.shards import ONE_DEVICE, Shards
+from wan22_jax.model.shards import DATA, ONE_DEVICE, Shards
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8
 from wan22_jax.sampling import Velocity
@@ -70,8 +70,9 @@ def make_velocity(
 ) -> Velocity:
     """Makes the velocity of weights that are in place, those of a training run for example.
 
-    Of several devices, those that share clips (axis "context") compute it together, and all the
-    same; every process has to call it then, and gets it on a device of its own.
+    Of several devices, those of the axis "context" share the tokens of each video, those of "data"
+    the videos of a call, if these divide so; the others compute the same. Every process has to call
+    it then, and gets it on a device of its own.
 
     Args:
         graphdef: structure of the model.
@@ -89,7 +90,9 @@ def make_velocity(
         predict = _make_sharded(graphdef, mesh, tuple(leaves), structure)
 
     def velocity(*inputs: jax.Array) -> jax.Array:
-        out = predict(graphdef, trainable, frozen, *put(inputs, sharding))
+        divides = mesh.shape[DATA] > 1 and len(inputs[0]) % mesh.shape[DATA] == 0
+        where = NamedSharding(mesh, PartitionSpec(DATA)) if divides else sharding
+        out = predict(graphdef, trainable, frozen, *put(inputs, where))
         return out if out.is_fully_addressable else out.addressable_data(0)
 
     return velocity
@@ -123,14 +126,15 @@ def _make_sharded(
     """``_predict`` on a mesh: one function, and so one program, for weights that lie alike."""
     of_trainable, of_frozen = jax.tree.unflatten(structure, specs)
     compute = partial(_compute, graphdef, shards=shards_of(mesh))
-    everywhere = PartitionSpec()
-    sharded = jax.jit(
-        jax.shard_map(
-            compute,
-            mesh=mesh,
-            in_specs=(of_trainable, of_frozen, everywhere, everywhere, everywhere),
-            out_specs=everywhere,
-            check_vma=False,
+
+    @partial(jax.jit, static_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def sharded(videos: PartitionSpec, *arguments: Any) -> jax.Array:
+        specs = (of_trainable, of_frozen, videos, videos, videos)
+        return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=videos, check_vma=False)(
+            *arguments
         )
-    )
-    return lambda _, *arguments: sharded(*arguments)
+
+    def predict(_: nnx.GraphDef, *arguments: Any) -> jax.Array:
+        return sharded(arguments[-1].sharding.spec, *arguments)
+
+    return predict

@@ -75,6 +75,7 @@ def denoise(
     *,
     channels: int,
     on_step: Callable[[], object],
+    paired: bool = False,
 ) -> np.ndarray:
     """Returns the clean latents [1, T, Y, X, C], on the host; noise follows from the seed alone.
 
@@ -85,6 +86,7 @@ def denoise(
         first_frame: from ``encode_frame``.
         channels: of the latents.
         on_step: see ``sample_latents``.
+        paired: see there.
     """
     request = video.request
     latents_BTYXC = sample_latents(
@@ -99,6 +101,7 @@ def denoise(
         key=jax.random.key(request.seed),
         first_frame=first_frame,
         on_step=on_step,
+        paired=paired,
     )
     return np.asarray(latents_BTYXC)
 
