@@ -1,6 +1,5 @@
 """Joined weights: the same numbers, in the same kind of memory."""
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,6 +7,7 @@ from flax import nnx
 from wan22_jax.model.block_weights import join_linears, named_arrays
 from wan22_jax.model.remat import POLICIES, Streamed
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
+from wan22_jax.sharding import make_mesh, replicated
 from wan22_jax.training.frozen import place_frozen
 from wan22_jax.training.step import Frozen, split_model
 
@@ -77,5 +77,5 @@ def place(frozen: nnx.State, policy: bool | str, swap: int) -> Frozen:
         frozen,
         activation_checkpointing=policy,
         blocks_to_swap=swap,
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        sharding=replicated(make_mesh()),
     )

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_clips import write_image, write_video
 
-from wan22_jax.config import DatasetConfig, DirectoryConfig
 from wan22_jax.data.captions import Captions
 from wan22_jax.dataset import read_directories
+from wan22_jax.dataset_config import DatasetConfig, DirectoryConfig
 from wan22_jax.errors import BadInput
 
 QUICK = settings(
