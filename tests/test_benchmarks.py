@@ -28,6 +28,7 @@ import random_model  # noqa: E402
 from kernel_table import Kernel  # noqa: E402
 
 
+@pytest.mark.long
 def test_a_train_step_runs_and_its_profile_is_read(tmp_path):
     words = [sys.executable, str(BENCHMARKS / "train_step.py"), "--tiny", "--bucket", "64x64x5"]
     words += ["--batch", "2", "--steps", "1", "--activation_checkpointing", "false"]

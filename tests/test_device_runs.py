@@ -55,6 +55,7 @@ def read_state(output_dir: str) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_checkpoint_of_four_devices_goes_on_with_two_and_with_one(capsys):
     assert run(f"max_steps={STEPS}", "output_dir=whole") == 0

@@ -191,6 +191,7 @@ def test_a_lora_with_evaluation(capsys):
     assert all(matrix.any() for matrix in trained.values())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_lora_on_float8_with_blocks_on_the_host(capsys):
     run_dir = run_unchanged(BLOCK_SWAP)
@@ -201,6 +202,7 @@ def test_a_lora_on_float8_with_blocks_on_the_host(capsys):
     assert all(np.isfinite(matrix).all() for matrix in read_trainable(run_dir)[0].values())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_full_fine_tuning():
     run_dir = run_unchanged(FULL)

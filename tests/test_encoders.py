@@ -4,6 +4,7 @@ import dataclasses
 
 import cache_place
 import numpy as np
+import pytest
 
 from wan22_jax import encode, text
 from wan22_jax.data.cache import name_encoders
@@ -16,6 +17,7 @@ from wan22_jax.text import encode_text
 models, place, counted = cache_place.models, cache_place.place, cache_place.counted  # fixtures
 
 
+@pytest.mark.long
 def test_the_vae_runs_in_bfloat16_unless_told_otherwise(place, counted, capsys):
     place.fill()
     assert place.run() == 0

@@ -331,6 +331,7 @@ def test_a_model_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypa
 # --- There and back -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_is_exported_can_be_converted_again(runs, official, tmp_path):
     """Out by wan22-export, in by wan22-convert: the digest of the model folder is the same."""
     source = ("--checkpoint", runs.full, "--model", runs.model, "--dtype", "bfloat16")

@@ -272,6 +272,7 @@ def test_a_failure_while_quantising_leaves_no_model(official, monkeypatch, tmp_p
 # Commands
 
 
+@pytest.mark.long
 def test_convert_and_sample_commands(official, models, capsys, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out.mp4"
     flags = ["--ckpt_path", str(official), "--out", str(model), "--dtype", "float8"]

@@ -145,6 +145,7 @@ def test_a_run_with_previews_trains_what_one_without_does(whole, plain):
     assert "every_n_steps = 1" in (whole / "sample.toml").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_stop_or_a_failure_leaves_the_run_as_it_was(whole, plain, monkeypatch, capsys):
     """It stops in its first preview; when it goes on, memory runs out for one prompt."""

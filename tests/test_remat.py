@@ -178,10 +178,8 @@ def test_no_policy_changes_a_bit(policy):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(
-    ("policy", "swap"),
-    [long(False, BLOCKS), ("offload_attention", 0)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("policy", "swap"), [(False, BLOCKS), ("offload_attention", 0)])
 def test_nor_in_float8_steps_of_two_micro_batches(policy, swap):
     """No block is swapped, or all are."""
     expected = take_step(False, 0).values

@@ -218,6 +218,7 @@ def test_text_to_video(model, tmp_path, capsys):
     assert "seed 3" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_devices_share_the_tokens_of_a_video(model, capsys):
     flags = [*model.flags, "--width", "96", "--height", "32", "--frames", "1", "--seed", "3"]
     run(*flags, "--dtype", "float32", "--devices", "1")

@@ -96,6 +96,7 @@ def list_checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / FOLDER).iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(capsys):
     assert run("output_dir=whole") == 0
@@ -288,6 +289,7 @@ def plain(folder) -> dict[str, dict[str, np.ndarray]]:
         }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("dtype", "policy", "blocks_to_swap", "tolerance"),
@@ -453,6 +455,7 @@ def test_running_out_of_memory_in_an_evaluation_names_its_keys(monkeypatch, caps
     assert "in the evaluation at step 0; set eval_micro_batch_size_per_gpu = 1" in error
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_resumed_run_is_not_evaluated_before_its_first_step():
     Path("eval.toml").write_text(DATASET)

@@ -128,6 +128,7 @@ def test_lora_gradients_match_peft(adapted_model, golden):
         assert relative_error(gradient, golden[f"lora_gradient/{name}"]) < 1e-5, name
 
 
+@pytest.mark.long
 def test_a_fresh_lora_changes_nothing_until_b_moves(files, model):
     fresh = load_transformer(files["official"], CONFIG)
     fresh.add_lora(jax.random.key(0), rank=RANK, alpha=ALPHA)

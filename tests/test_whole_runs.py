@@ -61,8 +61,9 @@ def run(config: str, output_dir: str, *flags: str) -> Path:
     return run_dir
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("config", ["lora.toml", pytest.param("full.toml", marks=pytest.mark.long)])
+@pytest.mark.parametrize("config", ["lora.toml", "full.toml"])
 def test_a_run_with_everything_on_ends_as_if_it_had_not_stopped(config, capsys):
     whole = run(config, "whole", "max_steps=5")
     said = capsys.readouterr().out
