@@ -14,7 +14,7 @@ from wan22_jax.model.shards import DATA, ONE_DEVICE, Shards
 from wan22_jax.model.transformer import TransformerConfig, WanTransformer
 from wan22_jax.model_folder import FLOAT8
 from wan22_jax.sampling import Velocity
-from wan22_jax.sharding import put, shards_of, specs_of
+from wan22_jax.sharding import put, replicated, shards_of, specs_of
 from wan22_jax.training.frozen import Frozen, place_frozen
 from wan22_jax.training.full import Trainable, merge_model
 from wan22_jax.training.step import split_model
@@ -127,7 +127,7 @@ def _make_sharded(
     of_trainable, of_frozen = jax.tree.unflatten(structure, specs)
     compute = partial(_compute, graphdef, shards=shards_of(mesh))
 
-    @partial(jax.jit, static_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    @partial(jax.jit, static_argnums=0, out_shardings=replicated(mesh))
     def sharded(videos: PartitionSpec, *arguments: Any) -> jax.Array:
         specs = (of_trainable, of_frozen, videos, videos, videos)
         return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=videos, check_vma=False)(

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt
 
 from wan22_jax.batch import Batch
 from wan22_jax.data.eval_clips import EvalBatch, EvalSet
 from wan22_jax.geometry import Bucket
 from wan22_jax.model.flow import Penalty
-from wan22_jax.model.shards import DATA, FSDP, ONE_DEVICE, Shards
-from wan22_jax.sharding import put, put_examples, shards_of, specs_of
+from wan22_jax.model.shards import ONE_DEVICE, Shards
+from wan22_jax.sharding import of_examples, put, put_examples, shards_of, specs_of
 from wan22_jax.training.draws import Draws
 from wan22_jax.training.frozen import gather_frozen
 from wan22_jax.training.step import Frozen, StepSettings, Trainable, loss_fn
@@ -159,7 +159,7 @@ class Evaluator:
         """Compiles ``eval_losses``; on several devices each computes those of its examples."""
         compute = self._compute
         if self._mesh.size > 1:
-            everywhere, examples = PartitionSpec(), PartitionSpec(None, (DATA, FSDP))
+            everywhere, examples = self._sharding.spec, of_examples(self._mesh).spec
             weights = specs_of(trainable), specs_of(frozen)
             compute = jax.shard_map(
                 partial(compute, shards=shards_of(self._mesh)),

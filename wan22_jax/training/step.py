@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from wan22_jax.batch import Batch
@@ -21,7 +21,7 @@ from wan22_jax.model.flow import SQUARED, Penalty, add_noise, velocity_loss
 from wan22_jax.model.lora import Dropout, LoRAParam
 from wan22_jax.model.shards import AXES, CONTEXT, DATA, FSDP, ONE_DEVICE, Shards, is_split
 from wan22_jax.model.transformer import WanTransformer
-from wan22_jax.sharding import shards_of, specs_of
+from wan22_jax.sharding import of_examples, replicated, shards_of, specs_of
 from wan22_jax.training.blockwise import BlockwiseOptimizer
 from wan22_jax.training.draws import TEXT_ALONE, Draws, TaskMix, draw_dropout, draw_examples
 from wan22_jax.training.ema import start_ema, update_ema
@@ -153,12 +153,12 @@ def train_step(
     step_key = jax.random.fold_in(key, state.step)
     gradients = partial(compute_gradients, graphdef=graphdef, settings=settings)
     if divided is not None:
-        everywhere, of_examples = PartitionSpec(), PartitionSpec(None, (DATA, FSDP))
+        everywhere, examples = replicated(divided.mesh).spec, of_examples(divided.mesh).spec
         gradients = jax.shard_map(
             partial(gradients, mesh=divided.mesh),
             mesh=divided.mesh,
-            in_specs=(divided.trainable, divided.frozen, of_examples, everywhere, everywhere),
-            out_specs=(divided.trainable, of_examples),
+            in_specs=(divided.trainable, divided.frozen, examples, everywhere, everywhere),
+            out_specs=(divided.trainable, examples),
             check_vma=False,
         )
     grads, examples = gradients(state.trainable, frozen, batch, step_key, sigma_grid)
@@ -271,8 +271,7 @@ def compile_train_step(
     step = partial(
         train_step, graphdef=graphdef, optimizer=optimizer, settings=settings, divided=divided
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
 def _average(grads: Any, mesh: Mesh) -> Any:
